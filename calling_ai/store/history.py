@@ -12,8 +12,7 @@ __all__ = ['RECENCY_HALF_LIFE', 'ACTIVITY_HALF_LIFE', 'ACTIVITY_SCALE', 'FULL_CO
            'NEGATIVE', 'SCORE', 'DECAYED', 'LAST_POSITIVE', 'REFERENCE', 'NOTHING', 'days', 'visible_from', 'one_each',
            'merge', 'map_history', 'running', 'tally_before', 'check_outcomes', 'history_features', 'HistoryState']
 
-# %% ../../nbs/store/history.ipynb #0e2d489c
-from collections.abc import Sequence
+# %% ../../nbs/store/history.ipynb #fcd781a5
 from typing import Any
 
 import numpy as np
@@ -28,12 +27,12 @@ ACTIVITY_SCALE = 5.0       # fresh outcomes that make an activity level of 0.5
 FULL_COUNT = 100.0         # outcomes from which the interaction count is 1
 TYPE_CODES: dict[str, int] = {"negative": -1, "neutral": 0, "positive": 1}
 
-# %% ../../nbs/store/history.ipynb #1f780074
+# %% ../../nbs/store/history.ipynb #bcbe9a66
 def days(
     times: Any,  # datetimes: a pandas column, a numpy array, or a list; naive ones are taken as UTC
 ) -> np.ndarray:  # float64, NaN where the time is missing
     "Return times as days since 1970-01-01 UTC."
-    moments = pd.to_datetime(pd.Series(times), utc=True).dt.tz_localize(None).astype("datetime64[us]")
+    moments = pd.to_datetime(pd.Series(times), utc=True, format="ISO8601").dt.tz_localize(None).astype("datetime64[us]")
     micros = moments.to_numpy().astype("int64")
     return np.where(moments.isna(), np.nan, micros / 86_400e6)
 
