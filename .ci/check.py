@@ -22,20 +22,30 @@ def library_notebooks(root: Path = ROOT) -> list[Path]:
     return [path for path in found if "#| default_exp" in path.read_text(encoding="utf-8")]
 
 
-def export(target: Path) -> None:
-    """Export all library notebooks into `target`, a package folder."""
+def export(root: Path) -> None:
+    """Export all library notebooks below `root` into the package there."""
     from nbdev.export import nb_export
 
-    for path in library_notebooks():
-        nb_export(path, lib_path=target)
+    for path in library_notebooks(root):
+        nb_export(path, lib_path=root / "calling_ai")
+
+
+def fresh_package(root: Path, folder: Path) -> Path:
+    """Return a fresh export of the notebooks of `root`, made in `folder`.
+
+    The export names each notebook by its relative path, so the copy has the layout of the checkout.
+    """
+    shutil.copytree(root / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copy(root / "pyproject.toml", folder)
+    (folder / "calling_ai").mkdir()
+    export(folder)
+    return folder / "calling_ai"
 
 
 def differences(root: Path = ROOT) -> list[str]:
     """Return what differs between the package and a fresh export of the notebooks, one sentence each."""
-    with tempfile.TemporaryDirectory(dir=root) as folder:
-        fresh = Path(folder) / "calling_ai"
-        fresh.mkdir()
-        export(fresh)
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = fresh_package(root, Path(folder))
         made = {path.relative_to(fresh) for path in fresh.rglob("*.py")}
         kept = {path.relative_to(root / "calling_ai") for path in (root / "calling_ai").rglob("*.py")}
         found = [f"calling_ai/{name} is missing" for name in sorted(made - kept)]
@@ -103,10 +113,16 @@ def fix() -> None:
     run("ruff", "check", "--quiet", "--fix", *PLAIN)
     run("ruff", "format", "--quiet", *PLAIN)
     subprocess.run([str(Path(sys.executable).with_name("nbdev-clean"))], cwd=ROOT, check=True)
-    for path in (ROOT / "calling_ai").rglob("*.py"):
-        if path.name not in ("__init__.py",):
-            path.unlink()
-    export(ROOT / "calling_ai")
+    with tempfile.TemporaryDirectory() as folder:  # a failing export leaves the package as it was
+        fresh = fresh_package(ROOT, Path(folder))
+        for path in (ROOT / "calling_ai").rglob("*.py"):
+            if path.name != "__init__.py":
+                path.unlink()
+        for path in fresh.rglob("*.py"):
+            target = ROOT / "calling_ai" / path.relative_to(fresh)
+            target.parent.mkdir(exist_ok=True)
+            if path.name != "__init__.py":
+                shutil.copy(path, target)
     (ROOT / "README.md").write_text(readme(), encoding="utf-8")
 
 

@@ -8,11 +8,28 @@ import pytest
 import sqlalchemy as sa
 
 from calling_ai.core.errors import InputError, IntegrityError, StorageError
-from calling_ai.store.database import Moment, create_tables, engine, explain_database_error, journal_mode, metadata, reading, writing
+from calling_ai.store.database import (
+    Moment,
+    create_tables,
+    engine,
+    explain_database_error,
+    journal_mode,
+    metadata,
+    reading,
+    writing,
+)
 
 schema = sa.MetaData()
-counts = sa.Table("counts", schema, sa.Column("name", sa.Text, primary_key=True), sa.Column("value", sa.Integer), sa.Column("at", Moment))
-notes = sa.Table("notes", schema, sa.Column("number", sa.Integer, primary_key=True), sa.Column("name", sa.ForeignKey("counts.name")))
+counts = sa.Table(
+    "counts",
+    schema,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.Integer),
+    sa.Column("at", Moment),
+)
+notes = sa.Table(
+    "notes", schema, sa.Column("number", sa.Integer, primary_key=True), sa.Column("name", sa.ForeignKey("counts.name"))
+)
 
 
 def count_up(url: str, times: int) -> None:
@@ -82,28 +99,44 @@ def test_moments_keep_their_meaning(database):
     with reading(database) as connection:
         kept, none = connection.scalars(sa.select(counts.c.at).order_by(counts.c.name))
     assert kept == berlin and kept.tzinfo is dt.UTC and none is None
-    with pytest.raises((InputError, sa.exc.StatementError), match="must carry a time zone"), writing(database) as connection:
+    with (
+        pytest.raises((InputError, sa.exc.StatementError), match="must carry a time zone"),
+        writing(database) as connection,
+    ):
         connection.execute(counts.insert().values(name="c", at=dt.datetime(2026, 1, 1)))
 
 
 def test_damaged_file_is_named(tmp_path):
     (tmp_path / "bad.db").write_bytes(b"this was a database once" * 300)
-    with pytest.raises(IntegrityError, match=r"database bad\.db failed: the file is damaged"), reading(engine(f"sqlite:///{tmp_path / 'bad.db'}")):
+    with (
+        pytest.raises(IntegrityError, match=r"database bad\.db failed: the file is damaged"),
+        reading(engine(f"sqlite:///{tmp_path / 'bad.db'}")),
+    ):
         pass
 
 
 def test_missing_and_blocked_folders_are_named(tmp_path):
-    with pytest.raises(StorageError, match="cannot be opened"), reading(engine(f"sqlite:///{tmp_path / 'no' / 'x.db'}")):
+    with (
+        pytest.raises(StorageError, match="cannot be opened"),
+        reading(engine(f"sqlite:///{tmp_path / 'no' / 'x.db'}")),
+    ):
         pass
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="its folder cannot be made"):
         create_tables(engine(f"sqlite:///{tmp_path / 'file' / 'x.db'}"), schema)
 
 
-@pytest.mark.parametrize(("text", "kind"), [
-    ("database is locked", StorageError), ("database or disk is full", StorageError), ("attempt to write a readonly database", StorageError),
-    ("disk I/O error", StorageError), ("database disk image is malformed", IntegrityError), ("connection refused", StorageError),
-])
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("database is locked", StorageError),
+        ("database or disk is full", StorageError),
+        ("attempt to write a readonly database", StorageError),
+        ("disk I/O error", StorageError),
+        ("database disk image is malformed", IntegrityError),
+        ("connection refused", StorageError),
+    ],
+)
 def test_each_state_has_a_cause_and_a_remedy(text, kind):
     told = explain_database_error(sqlite3.OperationalError(text), "x.db")
     assert isinstance(told, kind) and "x.db failed: " in str(told) and ";" in str(told)
@@ -116,7 +149,11 @@ def test_mistakes_in_statements_are_not_hidden(database):
 
 
 def test_urls():
-    assert engine("postgresql+psycopg://someone:secret@nowhere/db").dialect.name == "postgresql" if _has_psycopg() else True
+    assert (
+        engine("postgresql+psycopg://someone:secret@nowhere/db").dialect.name == "postgresql"
+        if _has_psycopg()
+        else True
+    )
     for url in ("mysql://x/y", "not a url"):
         with pytest.raises(InputError, match="must be"):
             engine(url)
@@ -124,6 +161,7 @@ def test_urls():
 
 def _has_psycopg() -> bool:
     import importlib.util
+
     return importlib.util.find_spec("psycopg") is not None
 
 
@@ -136,5 +174,6 @@ def test_journal_follows_the_library(database):
 
 def test_shared_schema_names_every_constraint():
     import calling_ai.registry.versions  # noqa: F401 - declares its tables on the shared schema
+
     for table in metadata.tables.values():
         assert all(constraint.name for constraint in table.constraints), table.name

@@ -48,7 +48,7 @@ def ask(questions, outcomes, **options):
     )
 
 
-# Quarter days make ties between moments of asking, happening and being received common; the wide ones reach over centuries.
+# Quarter days make ties between asking, happening and being received common; the wide ones reach over centuries.
 moment = st.one_of(st.integers(0, 240).map(lambda quarter: 20_000 + quarter / 4), st.floats(-40_000, 80_000))
 outcome = st.tuples(st.integers(0, 3), moment, moment, st.floats(0, 1), st.sampled_from((-1, 0, 1)))
 question = st.tuples(st.integers(0, 4), moment)
@@ -227,3 +227,13 @@ def test_empty_and_days():
     times = pd.to_datetime(["2026-03-29 00:59:59.999999", "1969-12-31 12:00:00.000000"])
     np.testing.assert_allclose(days(times), [t.timestamp() / 86400 for t in times.tz_localize("UTC")], rtol=1e-15)
     np.testing.assert_allclose(days(times.tz_localize("Europe/Berlin"))[1], -0.5 - 1 / 24, rtol=1e-12)
+
+
+def test_ties_are_broken_by_content_not_by_order():
+    rng = np.random.default_rng(2)
+    rows = [(0, 5.0, *row, 0) for row in zip(rng.choice([4.0, 4.5], 60), rng.random(60), strict=True)]
+    first = ask([(0, 9.0)], rows)
+    for _ in range(20):
+        rng.shuffle(rows)
+        rows = [tuple(row) for row in rows]
+        np.testing.assert_array_equal(ask([(0, 9.0)], rows), first)

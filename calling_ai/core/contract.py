@@ -135,17 +135,20 @@ KNOWN_COLUMNS: dict[str, str] = {
     "truth_score": "outcome score that a call would have had (simulation only)",
 }
 
-# %% ../../nbs/core/contract.ipynb #cfaf93b3
+# %% ../../nbs/core/contract.ipynb #492b9bcd
 def _numbers(column: Any, name: str) -> np.ndarray:
     "Return one column as float64 with NaN for missing; text and other non-numbers are refused."
     array = np.asarray(column)
     if array.dtype.kind in "fiu": return array.astype(np.float64)
+    if array.dtype.kind in "mM": array = array.astype(object)
     values = np.empty(len(array))
     for row, value in enumerate(array.tolist() if array.dtype.kind == "O" else list(array)):
-        if value is None or value != value or type(value).__name__ in ("NAType", "NaTType"): values[row] = np.nan
+        if value is None or value is np.ma.masked or type(value).__name__ in ("NAType", "NaTType"): values[row] = np.nan
         elif isinstance(value, (bool, np.bool_, str, bytes)) or not isinstance(value, (int, float, np.integer, np.floating)):
             raise InputTypeError(f"row {row}, column {name}: {value!r} is not a number; a feature is a number or missing", row, name)
-        else: values[row] = value
+        else:
+            try: values[row] = value
+            except OverflowError: values[row] = np.inf if value > 0 else -np.inf  # a whole number beyond float64
     return values
 
 def check_range(
@@ -210,26 +213,33 @@ def fill_neutral(
     "Return the values with the neutral value in place of every missing one."
     return np.where(np.isnan(values), NEUTRAL[:values.shape[-1]], values)
 
-# %% ../../nbs/core/contract.ipynb #9fe66491
+# %% ../../nbs/core/contract.ipynb #998a58f0
 def _flatten(record: Mapping[str, Any], row: int) -> dict[str, Any]:
     "Return one record with flat names: {'user': {'overall_energy': .5}} becomes {'user_overall_energy': .5}."
     flat: dict[str, Any] = {}
     for key, value in record.items():
-        if isinstance(value, Mapping): flat.update({f"{key}_{label}": item for label, item in value.items()})
+        given = {f"{key}_{label}": item for label, item in value.items()} if isinstance(value, Mapping) else {str(key): value}
+        twice = sorted(flat.keys() & given.keys())
+        if twice: raise InputError(f"row {row}, {twice[0]} is given twice: flat and in a group; give it once", row, twice[0])
+        if isinstance(value, Mapping): flat.update(given)
         elif key in _GROUPS:
             raise InputTypeError(f"row {row}, {key}: {type(value).__name__} given; a group is a dictionary of its features", row, str(key))
-        else: flat[str(key)] = value
+        else: flat.update(given)
     return flat
 
 def _columns(data: Any) -> tuple[dict[str, Any], int]:
     "Return `data` as a dictionary of columns and the number of rows."
     if isinstance(data, Mapping): data = [data]
+    if isinstance(data, list) and not data: return {}, 0
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes)) and len(data) and all(isinstance(item, Mapping) for item in data):
         records = [_flatten(record, row) for row, record in enumerate(data)]
         names = list(dict.fromkeys(name for record in records for name in record))
         return {name: np.array([record.get(name) for record in records], dtype=object) for name in names}, len(records)
     import narwhals as nw
     try: frame = nw.from_native(data, eager_only=True)
+    except nw.exceptions.DuplicateError:
+        check_columns([str(name) for name in data.columns])
+        raise
     except TypeError:
         raise InputTypeError(f"data is a {type(data).__name__}: it must be a frame, an array, a dictionary or a list of dictionaries") from None
     check_columns(frame.columns)
@@ -238,6 +248,7 @@ def _columns(data: Any) -> tuple[dict[str, Any], int]:
 
 def _from_array(data: np.ndarray) -> FeatureTable:
     "Return the table of an array with 39 or 45 columns."
+    if isinstance(data, np.ma.MaskedArray): data = data.astype(np.float64).filled(np.nan)
     array = np.atleast_2d(data)
     if array.ndim != 2 or array.shape[1] not in (39, 45):
         raise InputError(f"data has shape {np.shape(data)}: an array must have 39 or 45 columns, one moment a row")

@@ -9,13 +9,13 @@ visible only when it is complete and on the disk; `write_bytes`, `write_text` an
 # %% auto #0
 __all__ = ['sha256_bytes', 'sha256_file', 'atomic_path', 'write_bytes', 'write_text', 'to_json', 'write_json', 'read_json']
 
-# %% ../../nbs/core/files.ipynb #3692d801
+# %% ../../nbs/core/files.ipynb #4107b964
 import contextlib
 import hashlib
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def sha256_file(
     except OSError as error:
         raise explain_os_error(error, f"reading {path}") from error
 
-# %% ../../nbs/core/files.ipynb #87807d73
+# %% ../../nbs/core/files.ipynb #50c66aad
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try: os.fsync(handle)
@@ -53,26 +53,23 @@ def atomic_path(
 ) -> Iterator[Path]:  # a temporary path in the same folder, to write to
     "Give a temporary path that becomes `path` when the block ends well, and disappears when it does not."
     path = Path(path)
-    temporary: Path | None = None
+    temporary = path.parent / f".{path.name[:40]}-{secrets.token_hex(8)}.part"  # known before it exists: Ctrl-C cannot lose it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}-", suffix=".part", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary.touch(mode=0o600, exist_ok=False)
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-        temporary = None
         _sync_folder(path.parent)
     except CallingError:
         raise
     except OSError as error:
         raise explain_os_error(error, f"writing {path.name}") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 # %% ../../nbs/core/files.ipynb #55799098
 def write_bytes(
@@ -91,13 +88,15 @@ def write_text(
     "Write `text` to `path` as UTF-8, whole or not at all."
     return write_bytes(path, text.encode())
 
-# %% ../../nbs/core/files.ipynb #967ec1f1
+# %% ../../nbs/core/files.ipynb #b831ea1f
 def _plain(value: Any) -> Any:
     "Return `value` as something JSON knows."
     if hasattr(value, "to_dict"):
         return _plain(value.to_dict())
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if hasattr(value, "tolist"):  # numpy scalars and arrays

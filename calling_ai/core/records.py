@@ -10,11 +10,12 @@ interval includes zero is not claimed."""
 # %% auto #0
 __all__ = ['explained', 'format_value', 'Record', 'Estimate']
 
-# %% ../../nbs/core/records.ipynb #78d16425
+# %% ../../nbs/core/records.ipynb #a366e80d
 import dataclasses
 import html
 import math
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from .errors import InputError
@@ -27,15 +28,16 @@ def explained(
     "Return a dataclass field that carries its meaning."
     return dataclasses.field(metadata={"meaning": meaning}, **options)
 
-# %% ../../nbs/core/records.ipynb #45c623d3
+# %% ../../nbs/core/records.ipynb #89ad25a1
 def format_value(
     value: Any,  # anything that a record holds
 ) -> str:
-    "Return `value` as short text: floats with four significant digits, missing as a dash."
+    "Return `value` as short text: floats with four significant digits, missing as a dash, a path as its last part."
     if value is None: return "–"
-    if isinstance(value, bool): return "yes" if value else "no"
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"): return "yes" if value else "no"
     if isinstance(value, float): return "–" if math.isnan(value) else f"{value:.4g}"
     if isinstance(value, int): return f"{value:,}"
+    if isinstance(value, PurePath): return value.name  # where a workspace lies is nobody's business
     if isinstance(value, dict): return ", ".join(f"{key}: {format_value(item)}" for key, item in value.items()) or "–"
     if isinstance(value, (list, tuple)): return ", ".join(format_value(item) for item in value) or "–"
     return str(value)

@@ -34,7 +34,7 @@ def ranged(
     "Return a field of a section: a number in [`low`, `high`]."
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
 
-# %% ../../nbs/core/settings.ipynb #5d58c294
+# %% ../../nbs/core/settings.ipynb #140cae8d
 @dataclass(frozen=True)
 class StoreSettings(Record):
     "Where things are kept."
@@ -54,7 +54,7 @@ class PolicySettings(Record):
 class TownSettings(Record):
     "The simulated town of the main job."
     people: int = ranged("number of people; up to 2,800 are real respondents", 50, 1_000_000, 2_800)
-    weeks: int = ranged("weeks lived before the first training", 2, 520, 6)
+    weeks: int = ranged("weeks lived before the first training", 2, 520, 8)
     further_weeks: int = ranged("weeks lived between two trainings", 1, 52, 2)
     seed: int = ranged("seed of the town", 0, 2**31 - 1, 2026)
 
@@ -67,8 +67,8 @@ class TrainingSettings(Record):
 @dataclass(frozen=True)
 class EvaluationSettings(Record):
     "How models are judged."
-    test_share: float = ranged("share of people held out for the test", 0.01, 0.9, 0.25)
-    validation_share: float = ranged("share of people held out for early stopping and calibration", 0.01, 0.9, 0.15)
+    test_share: float = ranged("share of people held out for the test", 0.01, 0.9, 0.20)
+    validation_share: float = ranged("share of people held out for early stopping and calibration", 0.01, 0.9, 0.20)
     test_weeks: int = ranged("last weeks held out for the test", 1, 52, 2)
     replicates: int = ranged("bootstrap replicates of an interval", 50, 100_000, 400)
     confidence: float = ranged("confidence level of intervals", 0.5, 0.999, 0.95)
@@ -133,17 +133,18 @@ def _find_root() -> Path:
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / "settings.ini").is_file()), here)
 
-# %% ../../nbs/core/settings.ipynb #e832b1e3
+# %% ../../nbs/core/settings.ipynb #60b07026
 def settings(
     root: str | Path | None = None,  # folder of the workspace; by default it is looked for
 ) -> Settings:
     "Read the settings of a workspace; an unknown key or a bad value is a `SettingsError` that names it."
     folder = Path(root).resolve() if root is not None else _find_root()
+    if not folder.is_dir(): raise SettingsError(f"root is {str(root)!r}: it must be an existing folder")
     sections: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(Settings) if item.name != "root"}
     given: dict[tuple[str, str], tuple[str, str]] = {}
     file = folder / "settings.ini"
     if file.is_file():
-        parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#", ";"))
+        parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#", ";"), default_section="")
         try: parser.read_string(file.read_text(encoding="utf-8"))
         except OSError as error: raise explain_os_error(error, "reading settings.ini") from error
         except (configparser.Error, UnicodeDecodeError) as error:
@@ -161,4 +162,7 @@ def settings(
         items = {item.name: item for item in dataclasses.fields(sections[section])}
         if key not in items: raise SettingsError(f"setting [{section}] {key} is unknown ({source}){_near(key, list(items))}")
         values[section][key] = _value(section, items[key], text, source)
-    return Settings(folder, **{section: dataclasses.replace(default, **values[section]) for section, default in sections.items()})
+    found = Settings(folder, **{section: dataclasses.replace(default, **values[section]) for section, default in sections.items()})
+    held = found.evaluation.test_share + found.evaluation.validation_share
+    if held >= 1: raise SettingsError(f"[evaluation] test_share and validation_share add up to {held:g}: they must leave people for the training")
+    return found

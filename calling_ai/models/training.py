@@ -201,7 +201,7 @@ def _loss(network: ContractNetwork, rows: tuple[Tensor, Tensor, Tensor], shift: 
             total += float((row_losses(network.spec.model, logits + shift, labels) * weights).sum().double())
     return total / float(rows[2].sum())
 
-# %% ../../nbs/models/training.ipynb #7eaea241
+# %% ../../nbs/models/training.ipynb #27cbd7c8
 def _fit(network: ContractNetwork, learn: tuple[Tensor, Tensor, Tensor], check: tuple[Tensor, Tensor, Tensor],
          options: TrainingOptions, shift: float) -> tuple[LearningCurve, int]:
     "Train until the validation part stops improving, restore the best weights, and return the curve and the best epoch."
@@ -214,7 +214,7 @@ def _fit(network: ContractNetwork, learn: tuple[Tensor, Tensor, Tensor], check: 
     for epoch in track(range(1, options.epochs + 1), f"training {network.spec.model}"):
         order = torch.randperm(len(learn[1])).to(learn[1].device)
         trained = _epoch(network, optimiser, schedule, learn, options, order)
-        history.append((trained, _loss(network, check, shift), schedule.get_last_lr()[0]))
+        history.append((trained, _loss(network, check, shift), float(schedule.get_last_lr()[0])))
         if not all(map(math.isfinite, history[-1])): raise InputError(f"the loss is not finite after {epoch} epochs: lower learning_rate, which is {options.learning_rate:g}")
         if history[-1][1] < best:
             best, best_epoch, kept = history[-1][1], epoch, [value.detach().clone() for value in network.parameters()]
@@ -237,7 +237,7 @@ def calibrate(
     set_calibration(network, slope, intercept)
     return slope, intercept
 
-# %% ../../nbs/models/training.ipynb #3237dad5
+# %% ../../nbs/models/training.ipynb #7087395f
 def train(
     spec: NetworkSpec,              # what to build
     features: np.ndarray,           # n x 39 or 45 of the training part, NaN = missing
@@ -251,8 +251,8 @@ def train(
     "Train a network, keep the weights that were best on the validation part, and calibrate the outcome model there."
     begun, options = time.perf_counter(), options or default_options(spec.model)
     device = choose_device(options.device)
-    learn = tuple(part.to(device) for part in check_rows(spec, features, labels, weights))
-    check = tuple(part.to(device) for part in check_rows(spec, *validation, validation_weights, part="validation"))
+    learn = check_rows(spec, features, labels, weights)
+    check = check_rows(spec, *validation, validation_weights, part="validation")
     rows, shift = len(learn[1]), 0.0
     batch_size = options.batch_size or min(max(2 ** round(math.log2(max(rows / 55, 1))), 32), 8_192)
     options = replace(options, batch_size=min(batch_size, rows))

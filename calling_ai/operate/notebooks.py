@@ -323,13 +323,16 @@ class NotebookError(CallingError):
         self.run, self.cause = run, cause
         self.exit_code = getattr(getattr(errors, cause, None), "exit_code", 1)
 
-# %% ../../nbs/operate/notebooks.ipynb #d6559154
+# %% ../../nbs/operate/notebooks.ipynb #08895d5d
 _CHILD = """
-import os, threading
+import os, shutil, threading
 def follow_parent():
     while os.read(0, 1): pass
     import psutil
-    for child in psutil.Process().children(recursive=True): child.kill()
+    children = psutil.Process().children(recursive=True)
+    for child in children: child.kill()
+    psutil.wait_procs(children, timeout=3)
+    if "calling-ai-" in os.environ["TMPDIR"]: shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
     os._exit(1)
 threading.Thread(target=follow_parent, daemon=True).start()
 from papermill.cli import papermill

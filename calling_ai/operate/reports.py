@@ -34,7 +34,7 @@ from ..core.files import read_json, sha256_bytes, write_json, write_text
 from ..core.records import Estimate, Record, explained
 from .notebooks import html_body
 
-# %% ../../nbs/operate/reports.ipynb #b16a2f2e
+# %% ../../nbs/operate/reports.ipynb #89dc2c35
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2330; --soft: #5b6675; --faint: #8a94a3; --line: #e3e7ec; --paper: #fff; --panel: #f6f8fa; --zebra: #fafbfc;
   --blue: #0067a3; --blue-ground: #e6f1f9; --green: #00704f; --green-ground: #e2f4ed; --red: #b3261e; --red-ground: #fdecea; --amber: #7a5200;
@@ -48,7 +48,7 @@ _STYLE = """
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 400 16.5px/1.62 var(--sans); }
 .wrap { max-width: 980px; margin: 0 auto; padding: 0 32px 96px; }
-.wide .wrap { max-width: 1240px; }
+.wide .wrap { max-width: 1300px; }
 a { color: var(--blue); text-decoration: none; } a:hover { text-decoration: underline; }
 .bar { display: flex; flex-wrap: wrap; gap: 4px 22px; align-items: baseline; padding: 22px 0 14px; border-bottom: 1px solid var(--line); font-size: 14.5px; }
 .bar b { font-weight: 650; letter-spacing: .01em; margin-right: auto; } .bar b::before { content: ""; display: inline-block; width: 9px; height: 9px;
@@ -80,7 +80,7 @@ th:first-child, td:first-child { padding-left: 6px; } tbody tr:nth-child(even) {
 th.num, td.num { text-align: right; white-space: nowrap; } caption { caption-side: top; text-align: left; color: var(--soft); padding: 0 6px 8px; font-size: 14.5px; }
 table.record tr { border-top: 1px solid var(--line); } table.record td:nth-child(3), .muted { color: var(--soft); } td code { white-space: pre-wrap; overflow-wrap: anywhere; }
 figure.plot { margin: 22px 0 26px; } figure.plot img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 12px; padding: 12px; border: 1px solid var(--line); }
-details.code, details.trace { margin: 12px 0; } details.parameters { margin: 30px 0 18px; } details.parameters .table { margin: 8px 0 18px; }
+details.code, details.trace { margin: 12px 0; } details.parameters { margin: 30px 0 18px; } details.parameters .table { margin: 8px 0 18px; } details.parameters td { overflow-wrap: anywhere; } details.parameters td:first-child code { white-space: nowrap; }
 summary { cursor: pointer; width: fit-content; font-size: 13.5px; color: var(--faint); list-style: none; border-radius: 6px; user-select: none; } summary::-webkit-details-marker { display: none; }
 summary::before { content: "›"; display: inline-block; width: 14px; font-size: 17px; line-height: 1; text-align: center; margin-right: 4px; } details[open] > summary::before { transform: rotate(90deg); }
 summary:hover { color: var(--blue); } details.parameters summary { color: var(--soft); font-weight: 620; font-size: 14.5px; }
@@ -93,7 +93,7 @@ summary:hover { color: var(--blue); } details.parameters summary { color: var(--
 .badge.better { background: var(--green-ground); color: var(--green); } .badge.worse { background: var(--red-ground); color: var(--red); }
 .badge.first { background: var(--blue-ground); color: var(--blue); } .badge.cannot-tell { background: var(--amber-ground); color: var(--amber); }
 .badge.failed { background: var(--red); color: var(--paper); } .badge.interrupted { background: var(--amber-ground); color: var(--amber); }
-.runs td, .runs th { padding: 16px 16px; } .runs td:first-child, .runs th:first-child { padding-left: 6px; } .runs th { padding-bottom: 8px; } .runs table { width: 100%; }
+.runs td, .runs th { padding: 16px 13px; } .runs td { font-size: 14.5px; } .runs td:first-child, .runs th:first-child { padding-left: 6px; } .runs th { padding-bottom: 8px; } .runs table { width: 100%; }
 .runs .id { font-weight: 640; white-space: nowrap; } .runs small { color: var(--faint); font-size: 13.5px; display: block; white-space: nowrap; } .runs .links div { display: grid; grid-template-columns: auto auto; gap: 0 14px; width: fit-content; } .runs .links a { white-space: nowrap; } .runs .nowrap { white-space: nowrap; }
 .runs .error { color: var(--red); max-width: 34em; overflow-wrap: anywhere; }
 .numbers { display: grid; grid-template-columns: auto auto; gap: 1px 12px; width: fit-content; font-size: 14.5px; white-space: nowrap; } .numbers span { color: var(--soft); }
@@ -364,7 +364,7 @@ def _content(notebook: Mapping[str, Any]) -> Any:
     _regular(soup)
     return soup
 
-# %% ../../nbs/operate/reports.ipynb #c249d1a2
+# %% ../../nbs/operate/reports.ipynb #f60e84b3
 def render(
     executed_notebook: str | Path,                # from `run_notebook`, also of a failed run
     output_html: str | Path,                      # where the report goes
@@ -376,7 +376,8 @@ def render(
     source = read_json(executed_notebook)
     if not isinstance(source, dict) or "cells" not in source: raise IntegrityError(f"{Path(executed_notebook).name} is not a notebook")
     notebook, facts = _prepared(source)
-    for scale in (None, 1.0, 0.7, 0.45, 0.25, 0.0):
+    pictures = any(kind.startswith("image/") for cell in notebook["cells"] for output in cell.get("outputs", []) for kind in output.get("data", {}))
+    for scale in (None, 1.0, 0.7, 0.45, 0.25, 0.0) if pictures else (None,):
         soup = _content(notebook if scale is None else _reduced(notebook, scale))
         heading, quote = soup.find("h1"), soup.find("blockquote")
         summary = quote.get_text().strip() if quote and subtitle is None else ""
@@ -448,7 +449,7 @@ def write_run(
     read_run(path)
     return path
 
-# %% ../../nbs/operate/reports.ipynb #a3094e0e
+# %% ../../nbs/operate/reports.ipynb #501df4cb
 def _colour(predictor: str) -> str:
     "Return the colour of a predictor: those of the plots for the well-known three."
     return f"var(--{predictor})" if predictor in ("formula", "network", "best") else "var(--grey)"
@@ -486,7 +487,7 @@ def _charts(record: RunRecord) -> str:
     for metric, items in _metrics(record).items():
         low, high = _range(items)
         rows = "".join(f'<span>{_name(item)}</span>{_interval(item, low, high)}<span class="value">{_value(item)}</span>' for item in items)
-        rows += f'<span></span><span class="scale"><i>{low:.3g}</i><i>{high:.3g}</i></span><span></span>'
+        rows += f'<span></span><span class="scale"><i>{low:.3f}</i><i>{high:.3f}</i></span><span></span>'
         blocks.append(f'<div><h3>{html.escape(metric)}, with 95 % intervals</h3><div class="chart">{rows}</div></div>')
     return f'<div class="charts">{"".join(blocks)}</div>' if blocks else ""
 

@@ -155,7 +155,7 @@ for _change in ("UPDATE", "DELETE"):
         f"CREATE TRIGGER registry_events_no_{_change.lower()} BEFORE {_change} ON registry_events "
         "BEGIN SELECT RAISE(ABORT, 'events are only ever added'); END").execute_if(dialect="sqlite"))
 
-# %% ../../nbs/registry/versions.ipynb #3a317154
+# %% ../../nbs/registry/versions.ipynb #cadde93c
 def keep_file(
     file: str | Path,    # what to keep
     folder: str | Path,  # where
@@ -169,7 +169,8 @@ def keep_file(
             return kept
     except OSError as error: raise explain_os_error(error, f"keeping {kept.name}") from error
     with atomic_path(kept) as temporary: shutil.copyfile(file, temporary)
-    kept.chmod(0o444)
+    try: kept.chmod(0o444)
+    except OSError as error: raise explain_os_error(error, f"protecting {kept.name}") from error
     if sha256_file(kept) != digest:
         raise IntegrityError(f"model file {kept.name} reads back differently from what was written: the disk is not to be trusted")
     return kept

@@ -111,7 +111,7 @@ class FormulaBreakdown(Record):
         rows = "".join(f"<tr><td>{name.replace('_', ' ')}</td><td>{values.mean():.4f}</td></tr>" for name, values in self.columns().items())
         return f"<table class='record'><thead><tr><th>term</th><th>{'mean of ' + format(len(self), ',') if len(self) != 1 else 'value'}</th></tr></thead><tbody>{rows}</tbody></table>"
 
-# %% ../../nbs/score/formula.ipynb #def84157
+# %% ../../nbs/score/formula.ipynb #fc82bd41
 _NEUTRAL = 0.5
 
 def formula(
@@ -124,6 +124,7 @@ def formula(
         raise InputError(f"features has shape {features.shape}: it must be n x 39 or n x 45")
     if assessment is not None and np.shape(assessment) != (len(features), 5):
         raise InputError(f"assessment has shape {np.shape(assessment)}: it must be {len(features)} x 5")
+    features = np.ascontiguousarray(features)  # one layout, one order of sums: the same bits for every table
     neutral = np.where(np.isnan(features[:, :30]), _NEUTRAL, features[:, :30])
     user, spot = neutral[:, USER], neutral[:, SPOT]
     network, community = neutral[:, index_of("context_network_effects")], neutral[:, index_of("context_community_patterns")]
@@ -140,7 +141,7 @@ def formula(
     score = np.clip(sum(WEIGHTS[name] * values for name, values in terms.items()), 0, 1)
     return FormulaBreakdown(fulfilment=fulfilment, positive_influence=influence, trajectory=trajectory, formula_score=score, **terms)
 
-# %% ../../nbs/score/formula.ipynb #c778c53e
+# %% ../../nbs/score/formula.ipynb #f36d34a0
 def trend_boost(
     trend: np.ndarray,  # n x 4: emerging, community, cultural, life pattern; in [-1, 1], NaN = missing
 ) -> np.ndarray:  # n values in [-0.1, 0.2]
@@ -148,4 +149,5 @@ def trend_boost(
     trend = np.asarray(trend, dtype=np.float64)
     if trend.ndim != 2 or trend.shape[1] != 4:
         raise InputError(f"trend has shape {trend.shape}: it must be n x 4")
-    return np.clip(np.nan_to_num(trend) @ np.array([0.30, 0.30, 0.20, 0.20]), -0.1, 0.2)
+    emerging, community, cultural, life_pattern = np.nan_to_num(trend).T  # a matrix product may round a row by its place
+    return np.clip(0.30 * emerging + 0.30 * community + 0.20 * cultural + 0.20 * life_pattern, -0.1, 0.2)

@@ -22,7 +22,7 @@ from ..core.errors import InputError
 from ..core.records import Record, explained
 from .formula import trend_boost
 
-# %% ../../nbs/score/policy.ipynb #206d23b2
+# %% ../../nbs/score/policy.ipynb #8073eff4
 @dataclass(frozen=True)
 class Policy(Record):
     "How scores become calls."
@@ -36,8 +36,9 @@ class Policy(Record):
         for name, high in (("weight", 0.5), ("gate", 1.0), ("threshold", 1.0), ("exploration", 0.5)):
             value = getattr(self, name)
             if not 0 <= value <= high: raise InputError(f"{name} is {value}: it must lie in [0, {high:g}]")
+        if not 0 <= self.seed < 2**64: raise InputError(f"seed is {self.seed}: it must lie in [0, 2**64)")
 
-# %% ../../nbs/score/policy.ipynb #485a7bb8
+# %% ../../nbs/score/policy.ipynb #4a53287c
 @dataclass(frozen=True)
 class Scores(Record):
     "The scores on the way to a call; arrays of n values in [0, 1]."
@@ -54,7 +55,11 @@ def hybrid_scores(
     weight: float = 0.0,                              # weight of the network
 ) -> Scores:
     "Join formula, network, trends and outcome probability into the final score."
+    if not 0 <= weight <= 0.5: raise InputError(f"weight is {weight}: it must lie in [0, 0.5]")
     formula_score = np.asarray(formula_score, dtype=np.float64)
+    for name, given in (("network_score", network_score), ("outcome_probability", outcome_probability), ("trend", trend)):
+        if given is not None and len(given) != len(formula_score):
+            raise InputError(f"{name} has {len(given)} rows: there are {len(formula_score)} formula scores")
     none = np.full(len(formula_score), np.nan)
     network = none if network_score is None else np.asarray(network_score, dtype=np.float64)
     probability = none if outcome_probability is None else np.asarray(outcome_probability, dtype=np.float64)
@@ -63,7 +68,7 @@ def hybrid_scores(
     boosted = hybrid if trend is None else np.clip(hybrid * (1 + trend_boost(trend)), 0, 1)
     return Scores(hybrid, boosted, boosted * np.where(np.isnan(probability), 1.0, probability), applied)
 
-# %% ../../nbs/score/policy.ipynb #6dfd1c73
+# %% ../../nbs/score/policy.ipynb #06b2bc3b
 def _mix(values: np.ndarray) -> np.ndarray:
     "Return the SplitMix64 finaliser of 64-bit integers."
     values = values + np.uint64(0x9E3779B97F4A7C15)
@@ -81,12 +86,14 @@ def uniforms(
         with np.errstate(over="ignore"):
             bits = _mix(ids.astype(np.uint64) ^ _mix(np.array([seed], dtype=np.uint64)))
     else:
+        if ids.size and (ids.dtype.kind not in "UO" or not all(isinstance(item, (str, int)) and not isinstance(item, bool) for item in ids.tolist())):
+            raise InputError(f"ids are {ids.dtype}: identifiers must be integers or texts, none missing")
         key = f"{seed}:".encode()
         digests = b"".join(hashlib.blake2b(key + str(item).encode(), digest_size=8).digest() for item in ids.tolist())
         bits = np.frombuffer(digests, dtype="<u8")
     return (bits >> np.uint64(11)) * 2.0**-53
 
-# %% ../../nbs/score/policy.ipynb #cbfc6e21
+# %% ../../nbs/score/policy.ipynb #98b7f97a
 @dataclass(frozen=True)
 class Decisions(Record):
     "The scores and calls of n moments; arrays."
@@ -126,5 +133,6 @@ def decide(
     called = chosen ^ explored
     if refused is not None:
         refused = np.asarray(refused, dtype=bool)
+        if refused.shape != called.shape: raise InputError(f"refused has shape {refused.shape}: it must be ({len(called)},)")
         called, explored, propensity = called & ~refused, explored & ~refused, np.where(refused, 0.0, propensity)
     return Decisions(scores.hybrid, scores.boosted, scores.calling_score, scores.weight, called, propensity, explored)

@@ -18,16 +18,18 @@ from dataclasses import dataclass
 from ..core.errors import IntegrityError, RefusedError
 from ..core.records import Record, explained
 
-# %% ../../nbs/serve/guard.ipynb #b4346cb4
+# %% ../../nbs/serve/guard.ipynb #a30e6248
 LARGEST = 10_000_000  # bytes of a model file
 OPSET = 18
 INTERFACES: dict[str, tuple[str, tuple[int, ...]]] = {  # model -> output name, numbers of features it may read
     "calling_score": ("network_score", (39, 45)), "outcome": ("outcome_probability", (39, 45))}
-OPERATORS = frozenset(
-    "Abs Add And BatchNormalization Cast Clip Concat Constant Div Elu Equal Erf Exp Flatten Gather Gelu Gemm Greater "
-    "GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log MatMul Max "
-    "Mean Min Mish Mul Neg Not Or Pow Reciprocal ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Selu Shape Sigmoid "
-    "Slice Softmax Softplus Softsign Split Sqrt Squeeze Sub Sum Tanh Transpose Unsqueeze Where".split())
+OPERATORS: frozenset[str] = frozenset({
+    "Abs", "Add", "And", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Div", "Elu", "Equal", "Erf",
+    "Exp", "Flatten", "Gather", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity",
+    "IsInf", "IsNaN", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Mean", "Min",
+    "Mish", "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum",
+    "Relu", "Reshape", "Selu", "Shape", "Sigmoid", "Slice", "Softmax", "Softplus", "Softsign", "Split", "Sqrt",
+    "Squeeze", "Sub", "Sum", "Tanh", "Transpose", "Unsqueeze", "Where"})
 
 # %% ../../nbs/serve/guard.ipynb #e4740778
 def _number(data: memoryview, at: int) -> tuple[int, int]:

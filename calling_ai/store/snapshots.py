@@ -12,7 +12,7 @@ from. Nothing here reads a database: what goes in is a frame."""
 __all__ = ['SCHEMA_VERSION', 'ROWS_A_GROUP', 'PARTS', 'Snapshot', 'parquet_bytes', 'describe', 'manifest', 'write_snapshot',
            'read_snapshot', 'verify_snapshot', 'user_shares', 'split']
 
-# %% ../../nbs/store/snapshots.ipynb #55887919
+# %% ../../nbs/store/snapshots.ipynb #e2415e89
 import hashlib
 import io
 import json
@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import InputError, InputTypeError, IntegrityError, NotFoundError, explain_os_error
-from ..core.files import sha256_bytes, to_json, write_bytes, write_text
+from ..core.files import sha256_bytes, to_json, write_bytes
 from ..core.records import Record, explained
 
 # %% ../../nbs/store/snapshots.ipynb #7780763a
@@ -95,7 +95,7 @@ def manifest(
     "Return the text of the manifest beside a snapshot."
     return to_json({name: value for name, value in snapshot.to_dict().items() if name != "path"})
 
-# %% ../../nbs/store/snapshots.ipynb #6bf876fe
+# %% ../../nbs/store/snapshots.ipynb #eff1bfd4
 def write_snapshot(
     frame: pd.DataFrame,       # the table; its index is dropped
     folder: str | Path,        # where snapshots are kept
@@ -107,11 +107,10 @@ def write_snapshot(
     path = Path(folder) / f"{sha256_bytes(data)}.parquet"
     snapshot = describe(data, path)
     for file, content in ((path, data), (path.with_suffix(".json"), manifest(snapshot).encode())):
-        try: same = file.is_file() and file.read_bytes() == content
+        try:
+            if file.is_file() and file.read_bytes() == content: continue
+            write_bytes(file, content).chmod(0o444)
         except OSError as error: raise explain_os_error(error, f"writing {file.name}") from error
-        if same: continue
-        write_bytes(file, content)
-        file.chmod(0o444)
     return snapshot
 
 # %% ../../nbs/store/snapshots.ipynb #9be3062d

@@ -117,12 +117,12 @@ def hybrid(
              "outcome_type": outcome_types(outcome), "outcome_score": outcome, "split": split_labels(rows, rng)}
     return pd.concat([features, pd.DataFrame(about)], axis=1)
 
-# %% ../../nbs/world/hybrid.ipynb #716c58b8
+# %% ../../nbs/world/hybrid.ipynb #4f04b480
 KINDS_OF_DATA: tuple[str, ...] = ("hybrid", "synthetic", "town")
 
 def _town_rows(rows: int, seed: int) -> pd.DataFrame:
     "Return the first `rows` decisions of a town that is about six weeks old by then, or older when rows are many."
-    town = Town(bfi_people(int(np.clip(rows // 60, 50, 2_800)), seed), seed)
+    town = Town(bfi_people(int(np.clip(rows // 60, 10, 2_800)), seed), seed)
     log = town.simulate(6)
     frames, missing = [log.joined()], rows - len(log)
     while missing > 0:

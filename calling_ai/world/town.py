@@ -12,7 +12,7 @@ truth to a policy, except to the one that is named for it."""
 # %% auto #0
 __all__ = ['COMPANY', 'KINDS', 'LATENT', 'SLOTS', 'ACTIONS', 'TYPES', 'AnyPolicy', 'DAY', 'WEEK_IDS', 'TownOptions', 'Kind',
            'Spots', 'make_spots', 'Residents', 'make_residents', 'weather', 'reach', 'sample_spots', 'Offers',
-           'favourite_hour', 'favourite_day', 'week_offers', 'is_closed', 'Surroundings', 'surroundings', 'taste_match',
+           'favourite_hour', 'favourite_day', 'is_closed', 'week_offers', 'Surroundings', 'surroundings', 'taste_match',
            'effects', 'default_hour', 'default_day', 'observed', 'expected_score', 'Happenings', 'happenings', 'delays',
            'TownLog', 'BestPolicy', 'choose', 'TownState', 'Town', 'best_policy', 'policy_value']
 
@@ -32,7 +32,7 @@ from ..score.formula import formula
 from ..score.policy import Decisions, Policy, decide
 from ..store.history import HistoryState
 
-# %% ../../nbs/world/town.ipynb #02ec6511
+# %% ../../nbs/world/town.ipynb #4a1df3dc
 @dataclass(frozen=True)
 class TownOptions(Record):
     "Every constant of the town."
@@ -48,9 +48,9 @@ class TownOptions(Record):
     closed_kept: float = explained("share of closed spots that are offered all the same", default=0.3)
     event_rate: float = explained("chance that a spot has something special on, per day; doubled at weekends", default=0.08)
     intercept: float = explained("logit of a positive outcome in a typical moment", default=0.0)
-    match: float = explained("logits for how well the vibes match, with each person's own attention", default=0.26)
-    taste: float = explained("logits for tastes that the twelve vibes do not explain", default=0.62)
-    quality: float = explained("logits for how good the spot is", default=0.42)
+    match: float = explained("logits for how well the vibes match, with each person's own attention", default=0.32)
+    taste: float = explained("logits for tastes that the twelve vibes do not explain", default=0.60)
+    quality: float = explained("logits for how good the spot is", default=0.40)
     person: float = explained("logits for how easily the person is pleased", default=0.30)
     proximity: float = explained("logits for being near", default=0.30)
     journey: float = explained("logits for lying on the way", default=0.12)
@@ -285,7 +285,7 @@ def favourite_day(
     "Return how well the kind of day suits the person."
     return np.where(weekend, residents.weekend[person], 1 - residents.weekend[person])
 
-# %% ../../nbs/world/town.ipynb #af33e9b3
+# %% ../../nbs/world/town.ipynb #9d588158
 _COMPANY_ODDS = np.log(np.array([  # alone, partner, friends, family, colleagues; by slot, working days then weekend
     [[6, 1, 1, 1, 2], [5, 1, 2, 1, 5], [4, 2, 3, 2, 2], [3, 4, 5, 2, 1]],
     [[4, 3, 1, 3, .1], [2, 4, 3, 4, .1], [2, 4, 4, 4, .1], [2, 5, 6, 2, .1]]], float))
@@ -304,6 +304,7 @@ def _special(spots: Spots, options: TownOptions, rng: np.random.Generator) -> np
     feast = np.where(rng.random(7) < 0.07, 0.6, 0.0) * (rng.random((len(spots), 7)) < 0.5)
     return np.maximum(own, feast)
 
+# %% ../../nbs/world/town.ipynb #4c7d7587
 def _sessions(residents: Residents, options: TownOptions, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Draw who opens the app in which slot of a week (0 to 27), and at which local hour, to the second."
     everyone, begin = np.arange(len(residents)), np.array([start for start, _ in SLOTS])
@@ -313,6 +314,15 @@ def _sessions(residents: Residents, options: TownOptions, rng: np.random.Generat
     hour = begin[slot % 4] + np.floor(rng.random(len(slot)) * 4 * 3600) / 3600
     order = np.lexsort([person, hour, slot // 4])
     return person[order], slot[order], hour[order]
+
+def is_closed(
+    spots: Spots,
+    spot: np.ndarray,  # n spots
+    hour: np.ndarray,  # n local hours
+) -> np.ndarray:  # n booleans
+    "Return whether spots are closed."
+    opens, closes = (np.array([getattr(kind, name) for kind in KINDS])[spots.kind[spot]] for name in ("opens", "closes"))
+    return (hour < opens) | (hour >= closes)
 
 def week_offers(
     residents: Residents,
@@ -340,15 +350,6 @@ def week_offers(
     return Offers(session=session, spot=spot, day=7 * week + slot[session] // 4, special=special[spot, slot[session] // 4],
                   draws=rng.random((len(spot), 13)), normals=rng.standard_normal((len(spot), 14)),
                   **{name: values[session] for name, values in take.items()})
-
-def is_closed(
-    spots: Spots,
-    spot: np.ndarray,  # n spots
-    hour: np.ndarray,  # n local hours
-) -> np.ndarray:  # n booleans
-    "Return whether spots are closed."
-    opens, closes = (np.array([getattr(kind, name) for kind in KINDS])[spots.kind[spot]] for name in ("opens", "closes"))
-    return (hour < opens) | (hour >= closes)
 
 # %% ../../nbs/world/town.ipynb #d7141e02
 @dataclass(frozen=True)
