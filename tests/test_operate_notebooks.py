@@ -522,7 +522,7 @@ def test_when_the_parent_is_stopped_nothing_stays_behind(tmp_path, number, code)
     source = write(
         tmp_path / "wait.ipynb", "## Wait", STUBBORN.replace("signal.signal(signal.SIGINT, signal.SIG_IGN)\n", "")
     )
-    scratch = tmp_path / "t"
+    scratch = tmp_path / "t {x}"  # papermill would fill in the braces
     scratch.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT, source, tmp_path / "out.ipynb"],

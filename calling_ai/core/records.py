@@ -62,7 +62,7 @@ class Record:
             for field in dataclasses.fields(self))  # type: ignore[arg-type]
         return f"<table class='record'><tbody>{rows}</tbody></table>"
 
-# %% ../../nbs/core/records.ipynb #91b871e5
+# %% ../../nbs/core/records.ipynb #9534638a
 @dataclass(frozen=True)
 class Estimate(Record):
     "A value with its confidence interval."
@@ -83,4 +83,6 @@ class Estimate(Record):
         return self.lower > 0 or self.upper < 0
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.lower:.3f}, {self.upper:.3f}]"
+        width = self.upper - self.lower
+        digits = 3 if not width < 0.01 else 4 if width >= 0.001 else 5  # as many as the interval can use
+        return f"{self.value:.{digits}f} [{self.lower:.{digits}f}, {self.upper:.{digits}f}]"

@@ -171,7 +171,7 @@ class Trained(Record):
                 f"best after {self.best_epoch} of {len(self.curve)} epochs, validation loss {self.validation_loss:.4f}, "
                 f"{self.used_inputs} of {self.spec.inputs} inputs in use</p>")
 
-# %% ../../nbs/models/training.ipynb #7a791cbf
+# %% ../../nbs/models/training.ipynb #3dfb9713
 def _epoch(network: ContractNetwork, optimiser: torch.optim.Optimizer, schedule: Any, rows: tuple[Tensor, Tensor, Tensor],
            options: TrainingOptions, order: Tensor) -> float:
     "Learn from every row once and return the mean loss."
@@ -189,6 +189,10 @@ def _epoch(network: ContractNetwork, optimiser: torch.optim.Optimizer, schedule:
         schedule.step()
         total += loss.detach() * len(batch)
     return float(total) / len(order) / network.spec.members
+
+def _to(device: torch.device, rows: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    "Move rows to a device."
+    return rows[0].to(device), rows[1].to(device), rows[2].to(device)
 
 def _loss(network: ContractNetwork, rows: tuple[Tensor, Tensor, Tensor], shift: float, block: int = 65_536) -> float:
     "Return the weighted mean loss of the mean of the members, with the logit shifted."
@@ -237,7 +241,7 @@ def calibrate(
     set_calibration(network, slope, intercept)
     return slope, intercept
 
-# %% ../../nbs/models/training.ipynb #7087395f
+# %% ../../nbs/models/training.ipynb #a044c12e
 def train(
     spec: NetworkSpec,              # what to build
     features: np.ndarray,           # n x 39 or 45 of the training part, NaN = missing
@@ -257,13 +261,15 @@ def train(
     batch_size = options.batch_size or min(max(2 ** round(math.log2(max(rows / 55, 1))), 32), 8_192)
     options = replace(options, batch_size=min(batch_size, rows))
     with one_thread(options.seed):
-        network = build(spec, options.seed).to(device)
+        network, learn, check = build(spec, options.seed).to(device), _to(device, learn), _to(device, check)
         fit_scaling(network, learn[0])
         mean, weight = float((learn[1] * learn[2]).mean()), learn[2]
         if spec.model == "outcome" and options.class_weights:
             (weight, shift), mean = balance_classes(learn[1], weight), 0.5
-        with torch.no_grad(): network.biases[-1].fill_(math.log(max(mean, 1e-3) / max(1 - mean, 1e-3)))
-        with torch.no_grad(): inputs, held_out = network.prepare(learn[0]), network.prepare(check[0])
+        with torch.no_grad():
+            network.biases[-1].fill_(math.log(max(mean, 1e-3) / max(1 - mean, 1e-3)))
+            network.weights[0][..., : spec.features, :].mul_(network.varies[:, None])  # nothing is known about a constant column
+            inputs, held_out = network.prepare(learn[0]), network.prepare(check[0])
         curve, best = _fit(network, (inputs, learn[1], weight), (held_out, *check[1:]), options, shift)
         network = network.cpu().eval()
         set_calibration(network, 1.0, shift)

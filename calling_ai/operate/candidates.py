@@ -46,7 +46,7 @@ def check_model(
     if model not in MODELS: raise InputError(f"model is {model!r}: it must be {' or '.join(MODELS)}")
     return model
 
-# %% ../../nbs/operate/candidates.ipynb #3056dd8a
+# %% ../../nbs/operate/candidates.ipynb #1d9b9fea
 @dataclass(frozen=True)
 class LabelledRows(Record):
     "What one model can learn from; arrays of n rows."
@@ -69,21 +69,17 @@ class LabelledRows(Record):
         return (f"<p><b>{len(self):,}</b> rows with an outcome ({parts}) of {len(np.unique(self.user)):,} people; "
                 f"{self.without_outcome:,} rows without one left out; mean label {self.target.mean():.3f}</p>")
 
-def _weights(known: pd.DataFrame, clip: float, half_life: float) -> np.ndarray:
+def _weights(known: pd.DataFrame, clip: float | None) -> np.ndarray:
     "Return how much each row counts."
     if "weight" in known: return known["weight"].to_numpy(dtype=float)
-    weight = np.ones(len(known))
-    if {"propensity", "called"} <= set(known): weight = np.minimum(1 / known["propensity"].to_numpy(dtype=float).clip(1e-9), clip)
-    if "decided_at" in known and known["decided_at"].notna().all():
-        age = (known["decided_at"].max() - known["decided_at"]).dt.total_seconds().to_numpy() / 86_400
-        weight = weight * 2 ** (-age / half_life)
-    return weight
+    if clip is None: return np.ones(len(known))
+    if "propensity" not in known: raise InputError("clip is given and the table has no column propensity: weights are inverse propensities", column="propensity")
+    return np.minimum(1 / known["propensity"].to_numpy(dtype=float).clip(1e-9), clip)
 
 def labelled_rows(
     frame: pd.DataFrame,  # features, outcome_score; optionally split, user_id, propensity, called, weight
     model: str,           # calling_score or outcome
-    clip: float = 5.0,        # largest inverse propensity
-    half_life: float = 21.0,  # days after which a row counts half
+    clip: float | None = None,  # largest inverse propensity; none gives every row the same weight
 ) -> LabelledRows:
     "Pick the rows that a model can learn from, with labels, weights and a split by person."
     check_model(model)
@@ -100,7 +96,7 @@ def labelled_rows(
              else np.where(uniforms(user.tolist(), seed=1) < 0.15, "validation", "train").astype(object))
     for part in ("train", "validation"):
         if not (split == part).any(): raise InputError(f"no row with an outcome is in the part {part!r} of the split: both train and validation are needed", column="split")
-    weight = _weights(known, clip, half_life)
+    weight = _weights(known, clip)
     if not np.isfinite(weight).all() or (weight < 0).any(): raise InputError("column weight: weights must be finite and not negative", column="weight")
     target = score if model == "calling_score" else (score >= POSITIVE).astype(float)
     return LabelledRows(features, target, weight / weight[split == "train"].mean(), split, user, len(frame) - len(known))

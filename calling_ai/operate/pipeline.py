@@ -80,7 +80,7 @@ def start_run(
     except OSError as error: raise explain_os_error(error, f"making the folder of the run in {workspace.store.folder}") from error
     return run
 
-# %% ../../nbs/operate/pipeline.ipynb #582fd335
+# %% ../../nbs/operate/pipeline.ipynb #f19f8d16
 def _relative(run: Run, path: Path) -> str:
     return Path(os.path.relpath(path, run.settings.root / "nbs" / "pipelines")).as_posix()
 
@@ -101,15 +101,15 @@ def run_step(
         if progress is None: return
         part = now.task_done / now.task_total if now.task_total else 0.0
         done = min(now.done + min(part, 0.99), now.total - 0.01)  # a step is finished when its report is there
-        progress(name, done, now.total, f"{now.section}: {now.task}" if now.task else now.section)
-    if progress: progress(name, 0, 1, "starting")
-    title = name.replace("-", " ").replace("_", " ").capitalize()
+        progress(label, done, now.total, f"{now.section}: {now.task}" if now.task else now.section)
+    label = name.replace("-", " ").replace("_", " ")
+    if progress: progress(label, 0, 1, "starting")
     try:
         run_notebook(run.settings.root / "nbs" / "pipelines" / f"{notebook}.ipynb", parameters | {"record": _relative(run, record)},
                      executed, progress=show)
     finally:
-        if executed.is_file(): render(executed, run.reports / f"{name}.html", title, navigation=[("All runs", "../index.html"), *_navigation(run)])
-    if progress: progress(name, 1, 1, "")
+        if executed.is_file(): render(executed, run.reports / f"{name}.html", label.capitalize(), navigation=[("All runs", "../index.html"), *_navigation(run)])
+    if progress: progress(label, 1, 1, "")
     return read_record(record)
 
 def _navigation(run: Run) -> list[tuple[str, str]]:
@@ -271,7 +271,7 @@ def run_pipeline(
         for step in STEPS.values(): step(run, progress=progress)
     return read_result(run)
 
-# %% ../../nbs/operate/pipeline.ipynb #43a777dd
+# %% ../../nbs/operate/pipeline.ipynb #d78ddc48
 def _estimate(value: dict[str, Any] | None) -> str:
     return "–" if not value or value["value"] is None else str(Estimate(value["value"], value["lower"], value["upper"]))
 
@@ -292,9 +292,11 @@ def summary(
                          .replace("cannot tell than", "cannot tell whether it is better than"))
     shown = os.path.relpath(result["reports"])
     version = result["versions"]["outcome"]
-    notes += ["", f"reports: {shown}", "", "try next:",
-              "  calling-ai versions                                   what is registered, and how good it is",
-              f"  calling-ai generate --kind town --rows 1000 --output var/town.csv && calling-ai score --input var/town.csv --output var/scores.csv --version {version}",
-              "  make run                                              the town lives on: the next version, compared with this one"]
-    title = f"{result['prepared']['decisions']:,} decisions of {result['people']:,} people in {result['weeks']} weeks; {evaluated['rows']:,} held-out decisions"
-    return {"title": title, "columns": ["held-out people, later weeks", "formula", "network", "best possible"], "rows": rows, "notes": notes}
+    gain = Estimate(*(evaluated["gain"][name] for name in ("value", "lower", "upper")))
+    notes += [f"AUC of the network above the formula: {gain}", f"reports: {shown}", "", "try next:",
+              "  make run                 the town lives on: the next version, compared with this one",
+              "  calling-ai versions      what is registered, and how good it is",
+              f"  calling-ai score --input FILE --output FILE --version {version}"]
+    title = (f"{result['prepared']['decisions']:,} decisions of {result['people']:,} people in {result['weeks']} weeks; "
+             f"judged on {evaluated['rows']:,} later decisions of {evaluated['people']:,} people held out")
+    return {"title": title, "columns": ["held out", "formula", "network", "best possible"], "rows": rows, "notes": notes}
