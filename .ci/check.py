@@ -6,6 +6,7 @@ its notebooks; README.md equals nbs/index.ipynb; notebooks are clean. Each failu
 
 import argparse
 import filecmp
+import re
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def readme(root: Path = ROOT) -> str:
         if cell.source.startswith("#| hide"):
             continue
         if cell.cell_type == "markdown":
-            parts.append(cell.source.replace("](images/", "](nbs/images/").replace('src="images/', 'src="nbs/images/'))
+            source = re.sub(r"\]\((?![a-z]+:|#)", "](nbs/", cell.source)  # the notebook lies one folder deeper
+            parts.append(source.replace('src="images/', 'src="nbs/images/'))
             continue
         parts.append(f"```python\n{cell.source}\n```")
         for output in cell.outputs:

@@ -7,7 +7,11 @@ On the schedule of settings.ini:  python flows/retrain.py --serve   (needs `pref
 import argparse
 import os
 
-for name, value in {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL"}.items():
+for name, value in {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+}.items():
     os.environ.setdefault(name, value)
 
 from prefect import flow, task

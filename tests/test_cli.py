@@ -74,7 +74,9 @@ def test_help_is_quick_and_light() -> None:
 @pytest.mark.parametrize("kind", ["hybrid", "synthetic", "town"])
 def test_generate_makes_the_rows_asked_for_and_repeats(kind: str, tmp_path: Path) -> None:
     for name in ("one.csv.gz", "two.csv.gz"):
-        assert call("generate", "--kind", kind, "--rows", 700, "--seed", 9, "--output", name, cwd=tmp_path).returncode == 0
+        assert (
+            call("generate", "--kind", kind, "--rows", 700, "--seed", 9, "--output", name, cwd=tmp_path).returncode == 0
+        )
     assert (tmp_path / "one.csv.gz").read_bytes() == (tmp_path / "two.csv.gz").read_bytes()
     assert len(pd.read_csv(tmp_path / "one.csv.gz")) == 700
 
@@ -144,11 +146,15 @@ def test_wrong_files_are_named(folder: Path, tmp_path: Path) -> None:
 
 def test_training_needs_outcomes(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "blind.csv").write_text("user_overall_energy\n0.5\n")
-    assert "outcome_score" in one_line(call("train", "--model", "outcome", "--data", tmp_path / "blind.csv", cwd=folder), 1)
+    assert "outcome_score" in one_line(
+        call("train", "--model", "outcome", "--data", tmp_path / "blind.csv", cwd=folder), 1
+    )
 
 
 def test_unknown_version_and_setting_are_named(folder: Path) -> None:
-    line = one_line(call("score", "--input", "records.csv.gz", "--output", "x.csv", "--version", "v9.9-moon", cwd=folder), 1)
+    line = one_line(
+        call("score", "--input", "records.csv.gz", "--output", "x.csv", "--version", "v9.9-moon", cwd=folder), 1
+    )
     assert "v9.9-moon" in line and "v1.0-records" in line
     assert "weigth" in one_line(call("versions", cwd=folder, CALLING_AI_POLICY__WEIGTH="0.2"), 1)
     assert "must lie in [0, 0.5]" in one_line(call("versions", cwd=folder, CALLING_AI_POLICY__WEIGHT="0.9"), 1)
@@ -215,7 +221,12 @@ def test_reference_bar(folder: Path, shared: Path, tmp_path: Path) -> None:
     """Train on the shared records; people of a fresh generation are records that nobody has seen."""
     trained = call("train", "--model", "calling_score", "--data", shared / "data" / "hybrid_v1.csv.gz", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    assert call("generate", "--kind", "hybrid", "--rows", 4000, "--seed", 77, "--output", "unseen.csv.gz", cwd=tmp_path).returncode == 0
+    assert (
+        call(
+            "generate", "--kind", "hybrid", "--rows", 4000, "--seed", 77, "--output", "unseen.csv.gz", cwd=tmp_path
+        ).returncode
+        == 0
+    )
     assert call("score", "--input", "unseen.csv.gz", "--output", "scores.csv", cwd=tmp_path).returncode == 0
     records, scores = pd.read_csv(tmp_path / "unseen.csv.gz"), pd.read_csv(tmp_path / "scores.csv")
     error = ((records["outcome_score"] - scores["network_score"]) ** 2).mean()

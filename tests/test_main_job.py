@@ -35,7 +35,9 @@ def environment(**more: str) -> dict[str, str]:
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `calling-ai` in a folder."""
-    return subprocess.run([str(COMMAND), *arguments], cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [str(COMMAND), *arguments], cwd=folder, env=environment(), capture_output=True, text=True, timeout=600
+    )
 
 
 def make_workspace(folder: Path, root: Path) -> Path:

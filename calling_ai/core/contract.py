@@ -213,7 +213,7 @@ def fill_neutral(
     "Return the values with the neutral value in place of every missing one."
     return np.where(np.isnan(values), NEUTRAL[:values.shape[-1]], values)
 
-# %% ../../nbs/core/contract.ipynb #998a58f0
+# %% ../../nbs/core/contract.ipynb #d0b4322f
 def _flatten(record: Mapping[str, Any], row: int) -> dict[str, Any]:
     "Return one record with flat names: {'user': {'overall_energy': .5}} becomes {'user_overall_energy': .5}."
     flat: dict[str, Any] = {}
@@ -248,7 +248,7 @@ def _columns(data: Any) -> tuple[dict[str, Any], int]:
 
 def _from_array(data: np.ndarray) -> FeatureTable:
     "Return the table of an array with 39 or 45 columns."
-    if isinstance(data, np.ma.MaskedArray): data = data.astype(np.float64).filled(np.nan)
+    if isinstance(data, np.ma.MaskedArray): data = np.ma.filled(data.astype(np.float64), np.nan)
     array = np.atleast_2d(data)
     if array.ndim != 2 or array.shape[1] not in (39, 45):
         raise InputError(f"data has shape {np.shape(data)}: an array must have 39 or 45 columns, one moment a row")

@@ -406,7 +406,7 @@ def compare_paired(
     difference = interval("difference", points[0] - points[1], resampled[0] - resampled[1], confidence)
     return Comparison(metric, new, old, difference, judge_difference(metric, difference, rows.people), len(score), rows.people)
 
-# %% ../../nbs/models/evaluation.ipynb #b2a41555
+# %% ../../nbs/models/evaluation.ipynb #413c11ec
 def colour_of(
     name: str,      # of a predictor
     index: int = 0, # its place among the others
@@ -496,6 +496,6 @@ def plot_scores(
     edges = np.linspace(0, 1, bins + 1)
     for side, name, colour in ((label, "positive outcome", "network"), (~label, "other outcome", "formula")):
         ax.hist(values[side], edges, density=True, histtype="stepfilled", alpha=0.35, color=COLOURS[colour], edgecolor=COLOURS[colour], label=name)
-    if threshold is not None: ax.axvline(threshold, color=COLOURS["ink"], linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
+    if threshold is not None: ax.axvline(threshold, ymax=0.76, color=COLOURS["ink"], linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
     ax.set(xlabel="prediction", ylabel="density", xlim=(0, 1), ylim=(0, ax.get_ylim()[1] * 1.35))
     ax.legend(loc="upper right", ncols=2)

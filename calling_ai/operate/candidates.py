@@ -10,9 +10,9 @@ stand on these four."""
 
 # %% auto #0
 __all__ = ['POSITIVE', 'JUDGED_BY', 'REPORTED', 'GOLDEN', 'check_model', 'LabelledRows', 'labelled_rows', 'predict',
-           'check_golden', 'Candidate', 'measure', 'fit', 'judge']
+           'check_golden', 'Candidate', 'fit', 'judge']
 
-# %% ../../nbs/operate/candidates.ipynb #8251a304
+# %% ../../nbs/operate/candidates.ipynb #969df119
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import pandas as pd
 from ..core.contract import feature_table
 from ..core.errors import InputError, RefusedError
 from ..core.records import Estimate, Record, explained
-from ..models.evaluation import Comparison, compare_paired, evaluate
+from ..models.evaluation import Comparison, compare_paired, estimate_metrics
 from ..models.graph import export, verify
 from ..models import networks
 from ..models.networks import MODELS, OUTPUTS, default_spec
@@ -101,15 +101,15 @@ def labelled_rows(
     target = score if model == "calling_score" else (score >= POSITIVE).astype(float)
     return LabelledRows(features, target, weight / weight[split == "train"].mean(), split, user, len(frame) - len(known))
 
-# %% ../../nbs/operate/candidates.ipynb #b81bbd9a
+# %% ../../nbs/operate/candidates.ipynb #6ce19c16
 def predict(
     file: str | Path,      # an ONNX file
     model: str,            # calling_score or outcome
     features: np.ndarray,  # n x 39 or n x 45, NaN = missing
 ) -> np.ndarray:  # n values in [0, 1]
     "Return the answers of a model file."
-    scorer = Scorer.from_files(**{check_model(model): file})
-    answers = scorer.networks[model].run(np.asarray(features))
+    files: dict[str, Any] = {check_model(model): file}
+    answers = Scorer.from_files(**files).networks[model].run(np.asarray(features))
     if np.isnan(answers).any(): raise RefusedError(f"{Path(file).name} gave no usable number for {np.isnan(answers).sum():,} of {len(answers):,} rows")
     return answers
 
@@ -126,7 +126,7 @@ def check_golden(
     if not largest <= tolerance: raise RefusedError(f"{Path(file).name} differs by {largest:.1e} from the answers written down in training; at most {tolerance:g} is accepted")
     return largest
 
-# %% ../../nbs/operate/candidates.ipynb #83da64b4
+# %% ../../nbs/operate/candidates.ipynb #78966f0f
 GOLDEN = 16  # moments whose answers are kept with a candidate
 
 @dataclass(frozen=True)
@@ -146,16 +146,6 @@ class Candidate(Record):
         "Return all fields but the network as a dictionary."
         return {name: value for name, value in super().to_dict().items() if name != "trained"} | {"file": str(self.file)}
 
-def measure(
-    model: str,             # calling_score or outcome
-    answers: np.ndarray,    # n answers of a model
-    rows: LabelledRows,     # n rows with labels
-    replicates: int = 200,  # bootstrap replicates of the intervals
-) -> dict[str, Estimate]:
-    "Return the metrics by which a model is reported, with intervals clustered by person."
-    found = evaluate({model: answers}, rows.target >= POSITIVE, rows.target, rows.user, weights=rows.weight, replicates=replicates)
-    return {name: found.get(model, name) for name in REPORTED[model]}
-
 def fit(
     rows: LabelledRows,        # of `labelled_rows`
     model: str,                # calling_score or outcome
@@ -174,7 +164,8 @@ def fit(
     agreement = verify(file, trained.network, check.features)
     moments = check.features[:GOLDEN]
     golden = {"model": model, "features": np.where(np.isnan(moments), -1, moments).tolist(), "answers": networks.predict(trained.network, moments).tolist()}
-    metrics = measure(model, predict(file, model, check.features), check, replicates)
+    measured = estimate_metrics(model, predict(file, model, check.features), check.target, check.user, weights=check.weight, replicates=replicates)
+    metrics = {name: measured[name] for name in REPORTED[model]}
     parts = {name: int(count) for name, count in zip(*np.unique(rows.split, return_counts=True), strict=True)}
     parameters = {"spec": trained.spec.to_dict(), "options": trained.options.to_dict(), "best_epoch": trained.best_epoch}
     return Candidate(model, file, digest, metrics, parameters, golden, agreement.largest, parts, trained)

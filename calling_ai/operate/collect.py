@@ -10,7 +10,7 @@ of the pipeline runs by itself."""
 # %% auto #0
 __all__ = ['held_out', 'Collected', 'collect', 'example']
 
-# %% ../../nbs/operate/collect.ipynb #9c980945
+# %% ../../nbs/operate/collect.ipynb #fba9f62e
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..core.records import Record, explained
 from ..core.settings import EvaluationSettings
 from ..score.policy import Policy
 from ..store.history import days
-from ..store.snapshots import Snapshot, read_snapshot, split, write_snapshot
+from ..store.snapshots import Snapshot, split, write_snapshot
 from ..world.people import bfi_people
 from ..world.town import Town, TownLog
 

@@ -209,7 +209,7 @@ def register(run: Run, progress: Progress | None = None) -> dict[str, Any]:
     if progress: progress("register", 1, 1, "")
     return read_record(run.folder / "register.json")
 
-# %% ../../nbs/operate/pipeline.ipynb #b6fb1a8c
+# %% ../../nbs/operate/pipeline.ipynb #1b7e7740
 def _reports(run: Run) -> list[dict[str, str]]:
     return [{"step": href.removesuffix(".html"), "title": title, "href": href} for title, href in
             [*_navigation(run), ("Compare", "compare.html")] if (run.reports / href).is_file()][:5]
@@ -219,7 +219,7 @@ def report(run: Run, progress: Progress | None = None) -> dict[str, Any]:
     if progress: progress("report", 0, 1, "")
     registered, evaluated = read_record(run.folder / "register.json"), read_record(run.folder / "evaluate.json")
     record = RunRecord(
-        run.run_id, run.started_at, _now(), "ok", run.kind, versions=registered["versions"], verdict=_overall(registered["verdicts"]),
+        run.run_id, run.started_at, _now(), "ok", run.kind, versions=registered["versions"], verdict=_overall(registered["verdicts"]), verdicts=registered["verdicts"],
         headline=[Headline(**item) for item in evaluated["headline"]], reports=_reports(run), parameters={"people": run.people, "weeks": run.weeks})
     write_run(record, run.settings.reports)
     index(run.settings.reports)

@@ -34,7 +34,7 @@ from ..core.files import read_json, sha256_bytes, write_json, write_text
 from ..core.records import Estimate, Record, explained
 from .notebooks import html_body
 
-# %% ../../nbs/operate/reports.ipynb #89dc2c35
+# %% ../../nbs/operate/reports.ipynb #2a73b394
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2330; --soft: #5b6675; --faint: #8a94a3; --line: #e3e7ec; --paper: #fff; --panel: #f6f8fa; --zebra: #fafbfc;
   --blue: #0067a3; --blue-ground: #e6f1f9; --green: #00704f; --green-ground: #e2f4ed; --red: #b3261e; --red-ground: #fdecea; --amber: #7a5200;
@@ -80,7 +80,7 @@ th:first-child, td:first-child { padding-left: 6px; } tbody tr:nth-child(even) {
 th.num, td.num { text-align: right; white-space: nowrap; } caption { caption-side: top; text-align: left; color: var(--soft); padding: 0 6px 8px; font-size: 14.5px; }
 table.record tr { border-top: 1px solid var(--line); } table.record td:nth-child(3), .muted { color: var(--soft); } td code { white-space: pre-wrap; overflow-wrap: anywhere; }
 figure.plot { margin: 22px 0 26px; } figure.plot img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 12px; padding: 12px; border: 1px solid var(--line); }
-details.code, details.trace { margin: 12px 0; } details.parameters { margin: 30px 0 18px; } details.parameters .table { margin: 8px 0 18px; } details.parameters td { overflow-wrap: anywhere; } details.parameters td:first-child code { white-space: nowrap; }
+details.code, details.trace { margin: 12px 0; } details.parameters { margin: 30px 0 18px; } details.parameters .table { margin: 8px 0 18px; } details.parameters td { overflow-wrap: anywhere; } details.parameters td:first-child code, details.parameters td:nth-child(3) { white-space: nowrap; }
 summary { cursor: pointer; width: fit-content; font-size: 13.5px; color: var(--faint); list-style: none; border-radius: 6px; user-select: none; } summary::-webkit-details-marker { display: none; }
 summary::before { content: "›"; display: inline-block; width: 14px; font-size: 17px; line-height: 1; text-align: center; margin-right: 4px; } details[open] > summary::before { transform: rotate(90deg); }
 summary:hover { color: var(--blue); } details.parameters summary { color: var(--soft); font-weight: 620; font-size: 14.5px; }
@@ -94,7 +94,7 @@ summary:hover { color: var(--blue); } details.parameters summary { color: var(--
 .badge.first { background: var(--blue-ground); color: var(--blue); } .badge.cannot-tell { background: var(--amber-ground); color: var(--amber); }
 .badge.failed { background: var(--red); color: var(--paper); } .badge.interrupted { background: var(--amber-ground); color: var(--amber); }
 .runs td, .runs th { padding: 16px 13px; } .runs td { font-size: 14.5px; } .runs td:first-child, .runs th:first-child { padding-left: 6px; } .runs th { padding-bottom: 8px; } .runs table { width: 100%; }
-.runs .id { font-weight: 640; white-space: nowrap; } .runs small { color: var(--faint); font-size: 13.5px; display: block; white-space: nowrap; } .runs .links div { display: grid; grid-template-columns: auto auto; gap: 0 14px; width: fit-content; } .runs .links a { white-space: nowrap; } .runs .nowrap { white-space: nowrap; }
+.runs .id { font-weight: 640; white-space: nowrap; } .runs small { color: var(--faint); font-size: 13.5px; display: block; white-space: nowrap; } .badges { display: flex; flex-wrap: wrap; gap: 4px; } .runs .badges { flex-direction: column; align-items: flex-start; } .runs .links a { white-space: nowrap; } .runs .nowrap { white-space: nowrap; }
 .runs .error { color: var(--red); max-width: 34em; overflow-wrap: anywhere; }
 .numbers { display: grid; grid-template-columns: auto auto; gap: 1px 12px; width: fit-content; font-size: 14.5px; white-space: nowrap; } .numbers span { color: var(--soft); }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px; } .interval { color: var(--faint); font-size: 13.5px; }
@@ -181,7 +181,7 @@ def _with_formulas(text: str) -> str:
         parts[index] = re.sub(r"(?<![\\$\w])\$(?![\s$])([^$\n]+?)(?<![\s\\])\$(?![\w$])", lambda match: formula_html(match[1]), part)
     return "".join(parts)
 
-# %% ../../nbs/operate/reports.ipynb #2b8830f4
+# %% ../../nbs/operate/reports.ipynb #9b2877b6
 def _source(cell: Mapping[str, Any]) -> str:
     text = cell.get("source", "")
     return text if isinstance(text, str) else "".join(text)
@@ -198,7 +198,7 @@ def _parameters_table(parameters: Sequence[Mapping[str, Any]]) -> str:
         f'<tr><td><code>{html.escape(str(item.get("name")))}</code></td>'
         f'<td class="{"changed" if item.get("value") != item.get("default") else ""}">{html.escape(_plain(item.get("value")))}</td>'
         f'<td class="muted">{html.escape(_plain(item.get("default")))}</td><td>{html.escape(str(item.get("help", "")))}</td></tr>' for item in parameters)
-    return (f'<details class="parameters" open><summary>Parameters of this run</summary><table class="plain"><thead><tr><th>name</th><th>value</th>'
+    return (f'<details class="parameters"><summary>Parameters of this run</summary><table class="plain"><thead><tr><th>name</th><th>value</th>'
             f"<th>default</th><th>meaning</th></tr></thead><tbody>{rows}</tbody></table></details>")
 
 def _markdown(text: str) -> dict[str, Any]:
@@ -390,7 +390,7 @@ def render(
         if len(document.encode()) <= MAX_BYTES: return write_text(output_html, document)
     raise InputError(f"report {Path(output_html).name} would have {len(document.encode()):,} bytes without any picture: it may have {MAX_BYTES:,}")
 
-# %% ../../nbs/operate/reports.ipynb #e373584e
+# %% ../../nbs/operate/reports.ipynb #284ab44a
 @dataclass(frozen=True)
 class Headline(Record):
     "One number that a run is known by."
@@ -410,12 +410,13 @@ class RunRecord(Record):
     kind: str = explained("main or retrain", default="main")
     versions: dict[str, str] = explained("version of each model that was registered", default_factory=dict)
     verdict: str = explained("better, worse, cannot tell or first", default="")
+    verdicts: dict[str, str] = explained("verdict about each model, where they differ from one word for all", default_factory=dict)
     headline: list[Headline] = explained("the numbers, with intervals", default_factory=list)
     reports: list[dict[str, str]] = explained("step, title and href of each report, relative to the folder of the run", default_factory=list)
     parameters: dict[str, Any] = explained("what the run was given", default_factory=dict)
     error: str = explained("cause of a failure, one line", default="")
 
-# %% ../../nbs/operate/reports.ipynb #407e1ebc
+# %% ../../nbs/operate/reports.ipynb #d09daa37
 STATUSES = ("ok", "failed", "interrupted", "running")
 VERDICTS = ("better", "worse", "cannot tell", "first", "")
 
@@ -434,6 +435,7 @@ def read_run(
         moment = datetime.fromisoformat(record.started_at.replace("Z", "+00:00"))
         sound = moment.tzinfo and record.status in STATUSES and record.verdict in VERDICTS and all(isinstance(item, dict) for item in record.reports)
         sound = sound and all(Estimate(item.value, item.lower, item.upper) for item in numbers) and isinstance(record.versions, dict)
+        sound = sound and isinstance(record.verdicts, dict) and set(record.verdicts.values()) <= set(VERDICTS)
     except (TypeError, ValueError, AttributeError): sound = False
     if not sound: raise IntegrityError(f"{path.name} in {path.parent.name} has fields of the wrong form: it is not the record of a run")
     return record
@@ -491,11 +493,13 @@ def _charts(record: RunRecord) -> str:
         blocks.append(f'<div><h3>{html.escape(metric)}, with 95 % intervals</h3><div class="chart">{rows}</div></div>')
     return f'<div class="charts">{"".join(blocks)}</div>' if blocks else ""
 
-# %% ../../nbs/operate/reports.ipynb #f0a65f60
+# %% ../../nbs/operate/reports.ipynb #d2902548
 def _badge(record: RunRecord) -> str:
     "Return the verdict of a run, or why there is none."
-    word = record.status if record.status != "ok" else (record.verdict or "done")
-    return f'<span class="badge {re.sub(r"[^a-z]+", "-", word)}">{html.escape(word)}</span>'
+    def badge(word: str, text: str) -> str: return f'<span class="badge {re.sub(r"[^a-z]+", "-", word)}">{html.escape(text)}</span>'
+    if record.status != "ok": return badge(record.status, record.status)
+    if len(set(record.verdicts.values())) < 2: return badge(record.verdict or "done", record.verdict or "done")
+    return '<span class="badges">' + "".join(badge(word, f"{model.replace('_', ' ')}: {word}") for model, word in record.verdicts.items()) + "</span>"
 
 def _took(record: RunRecord) -> str:
     try:
