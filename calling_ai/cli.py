@@ -9,13 +9,12 @@ wrong usage, 3 when a gate refused and 130 after Ctrl-C. An error is one line; t
 # %% auto #0
 __all__ = ['app', 'Json', 'ModelName', 'Kind', 'run', 'train', 'score', 'generate', 'versions', 'doctor', 'main']
 
-# %% ../nbs/cli.ipynb #ac1a35f2
+# %% ../nbs/cli.ipynb #7ba4acbe
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,18 +24,18 @@ from . import __version__
 from .core.errors import CallingError, explain_os_error
 from .core.settings import settings
 
-# %% ../nbs/cli.ipynb #1a336340
+# %% ../nbs/cli.ipynb #94eccc3b
 app = typer.Typer(name="calling-ai", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Build, prove and run a calling score.", epilog="Start with: calling-ai run",
                   context_settings={"help_option_names": ["-h", "--help"]})
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
 
-class ModelName(str, Enum):
+class ModelName(StrEnum):
     "The two models."
     calling_score = "calling_score"
     outcome = "outcome"
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     "What can be generated."
     hybrid = "hybrid"
     synthetic = "synthetic"

@@ -12,7 +12,7 @@ stand on these four."""
 __all__ = ['POSITIVE', 'JUDGED_BY', 'REPORTED', 'GOLDEN', 'check_model', 'LabelledRows', 'labelled_rows', 'predict',
            'check_golden', 'Candidate', 'fit', 'judge']
 
-# %% ../../nbs/operate/candidates.ipynb #969df119
+# %% ../../nbs/operate/candidates.ipynb #3fe19fae
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..core.records import Estimate, Record, explained
 from ..models.evaluation import Comparison, compare_paired, estimate_metrics
 from ..models.graph import export, verify
 from ..models import networks
-from ..models.networks import MODELS, OUTPUTS, default_spec
+from ..models.networks import MODELS, default_spec
 from ..models.training import Trained, default_options, train
 from ..score.policy import uniforms
 from ..serve.scorer import Scorer

@@ -9,7 +9,7 @@ would, and can clean up what crashed runs left behind. They return records and n
 # %% auto #0
 __all__ = ['IDENTIFIERS', 'HOUR', 'source_of', 'TrainedVersion', 'train_file', 'score_file', 'examine']
 
-# %% ../../nbs/operate/commands.ipynb #e8cff819
+# %% ../../nbs/operate/commands.ipynb #cc81b1bf
 import importlib.util
 import os
 import re
@@ -27,7 +27,7 @@ from ..core.errors import CallingError, UnavailableError
 from ..core.records import Estimate, Record, explained
 from ..core.settings import Settings
 from ..registry.versions import Registry, VersionDraft, environment
-from ..serve.scorer import COLUMNS, Scorer
+from ..serve.scorer import Scorer
 from ..store.snapshots import write_snapshot
 from ..store.tables import read_table, table_format, write_table
 
