@@ -20,15 +20,17 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from calling_ai.core.settings import settings
 from calling_ai.operate import pipeline
 
+# Training again does not mend a wrong number; a busy database or a lost kernel is worth another try.
+RETRIES = {"register": 3}
 
-@flow(name="retrain", flow_run_name="retrain-{weeks}-weeks")
+
+@flow(name="retrain")
 def retrain(people: int | None = None, weeks: int | None = None) -> dict:
     """Prepare, train, evaluate, compare, register, report; return the record of the run."""
     run = pipeline.start_run(settings(), kind="retrain", people=people, weeks=weeks)
     with pipeline.reported(run):
         for name, step in pipeline.STEPS.items():
-            # A step that is run again overwrites its own files only, and registering looks for its own run first.
-            task(step, name=name, retries=2, retry_delay_seconds=2)(run)
+            task(step, name=name, retries=RETRIES.get(name, 1), retry_delay_seconds=2)(run)
     record = pipeline.read_result(run)
     text = pipeline.summary(record)
     table = [dict(zip(text["columns"], row, strict=True)) for row in text["rows"]]

@@ -2,10 +2,14 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch: two busy processes on two cores slow each other down
 os.environ.setdefault("MPLBACKEND", "Agg")
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell that runs us in the background ignores Ctrl-C, and children inherit that
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pandas as pd
@@ -156,13 +158,12 @@ def test_ctrl_c_during_a_run(root: Path, tmp_path: Path) -> None:
     assert "interrupted" in (folder / "reports" / "index.html").read_text()
 
 
-def test_flow_without_a_server(root: Path, tmp_path: Path) -> None:
-    folder = make_workspace(tmp_path / "workspace", root)
-    home = tmp_path / "prefect"
+def run_flow(folder: Path, home: Path, **more: str) -> None:
+    """Run the flow once, as a person would."""
     done = subprocess.run(
         [sys.executable, "flows/retrain.py"],
         cwd=folder,
-        env=environment(PREFECT_HOME=str(home)),
+        env=environment(PREFECT_HOME=str(home), **more),
         capture_output=True,
         text=True,
         timeout=600,
@@ -172,3 +173,60 @@ def test_flow_without_a_server(root: Path, tmp_path: Path) -> None:
     assert {item["version"] for item in listed} == {"v1.0-town"} and len(listed) == 2
     (record,) = (folder / "reports").glob("*/record.json")
     assert json.loads(record.read_text())["kind"] == "retrain"
+
+
+def test_flow_without_a_server(root: Path, tmp_path: Path) -> None:
+    run_flow(make_workspace(tmp_path / "workspace", root), tmp_path / "prefect")
+
+
+def ask(url: str, body: dict | None = None) -> object:
+    """Ask the API of a server."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        return json.load(answer)
+
+
+def test_flow_with_a_server(root: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home, api = tmp_path / "prefect", f"http://127.0.0.1:{port}/api"
+    quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_HOME": str(home)}
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "prefect",
+            "server",
+            "start",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--no-services",
+        ],
+        env=environment(**quiet),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(120):
+            try:
+                ask(f"{api}/health")
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(0.5)
+        run_flow(make_workspace(tmp_path / "workspace", root), home, PREFECT_API_URL=api)
+        (flow,) = ask(f"{api}/flow_runs/filter", {})
+        assert flow["state_type"] == "COMPLETED"
+        tasks = {item["name"].rsplit("-", 1)[0]: item["state_type"] for item in ask(f"{api}/task_runs/filter", {})}
+        steps = {"prepare", "train calling score", "train outcome", "evaluate", "compare", "register", "report"}
+        assert steps <= set(tasks) and set(tasks.values()) == {"COMPLETED"}
+        artifacts = {item["key"] for item in ask(f"{api}/artifacts/filter", {})}
+        assert {"retrain-metrics", "retrain-verdict"} <= artifacts
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)

@@ -10,8 +10,8 @@ a column that nobody knows: nothing is dropped silently."""
 
 # %% auto #0
 __all__ = ['VIBES', 'FEATURES', 'FEATURE_NAMES', 'NEUTRAL', 'USER', 'SPOT', 'CONTEXT', 'TIMING', 'HISTORY', 'BASE_NAMES',
-           'ASSESSMENT_NAMES', 'TREND_NAMES', 'KNOWN_COLUMNS', 'Feature', 'index_of', 'check_range', 'check_columns',
-           'FeatureTable', 'fill_neutral', 'feature_table']
+           'OUTPUTS', 'MODELS', 'POSITIVE', 'ASSESSMENT_NAMES', 'TREND_NAMES', 'KNOWN_COLUMNS', 'Feature', 'index_of',
+           'check_model', 'check_range', 'check_columns', 'FeatureTable', 'fill_neutral', 'feature_table']
 
 # %% ../../nbs/core/contract.ipynb #14bc96a2
 from collections.abc import Mapping, Sequence
@@ -101,6 +101,18 @@ def index_of(
     except ValueError:
         near = get_close_matches(name, FEATURE_NAMES, 1)
         raise InputError(f"name is {name!r}: it must be one of the 45 features" + (f"; did you mean {near[0]}?" if near else "")) from None
+
+# %% ../../nbs/core/contract.ipynb #3d0ea0c7
+OUTPUTS: dict[str, str] = {"calling_score": "network_score", "outcome": "outcome_probability"}  # model -> its output
+MODELS: tuple[str, ...] = tuple(OUTPUTS)
+POSITIVE = 0.7  # outcome score from which an outcome is positive
+
+def check_model(
+    model: str,  # what a caller gave
+) -> str:  # the same
+    "Return the name of a model, or raise an `InputError` that says which ones there are."
+    if model not in MODELS: raise InputError(f"model is {model!r}: it must be {' or '.join(MODELS)}")
+    return model
 
 # %% ../../nbs/core/contract.ipynb #1a9d7305
 ASSESSMENT_NAMES: tuple[str, ...] = tuple(

@@ -16,13 +16,14 @@ __all__ = ['HIGHER_IS_BETTER', 'LABELS', 'THRESHOLD', 'TOP', 'Resampled', 'Sums'
            'judge_difference', 'compare_paired', 'colour_of', 'roc_curve', 'plot_roc', 'plot_reliability',
            'plot_metric', 'plot_curve', 'plot_scores']
 
-# %% ../../nbs/models/evaluation.ipynb #d85f60ee
+# %% ../../nbs/models/evaluation.ipynb #4cfa8480
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..core.contract import check_model
 from ..core.errors import InputError
 from ..core.plots import COLOURS, CYCLE, interval_bars
 from ..core.records import Estimate, Record, explained
@@ -334,7 +335,7 @@ def evaluate(
     share = float(np.average(rows.positive, weights=rows.weights))
     return Evaluation(estimates, len(rows.positive), rows.people, share, replicates)
 
-# %% ../../nbs/models/evaluation.ipynb #86db3e6b
+# %% ../../nbs/models/evaluation.ipynb #1b67370f
 def estimate_metrics(
     model: str,              # calling_score or outcome
     prediction: np.ndarray,  # n values in [0, 1]
@@ -345,7 +346,7 @@ def estimate_metrics(
     **options: Any,          # threshold, top, replicates, confidence, seed, as for `evaluate`
 ) -> dict[str, Estimate]:
     "Return the metrics that suit the label of a model, with intervals."
-    if model not in ("calling_score", "outcome"): raise InputError(f"model is {model!r}: it must be calling_score or outcome")
+    check_model(model)
     target = np.asarray(target, dtype=float)
     positive = target >= THRESHOLD if model == "calling_score" else target
     estimates = evaluate({model: prediction}, positive, target, users, weights=weights, **options).estimates[model]

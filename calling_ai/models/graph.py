@@ -13,7 +13,7 @@ registered."""
 __all__ = ['OPSET', 'MAXIMUM_BYTES', 'TOLERANCE', 'INPUT', 'OPERATORS', 'contract_digest', 'quiet', 'strip', 'model_bytes',
            'export', 'GraphSummary', 'inspect', 'trial_inputs', 'Agreement', 'verify']
 
-# %% ../../nbs/models/graph.ipynb #7981d6da
+# %% ../../nbs/models/graph.ipynb #368ac75d
 import contextlib
 import hashlib
 import logging
@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.contract import FEATURE_NAMES, NEUTRAL
+from ..core.contract import FEATURE_NAMES, NEUTRAL, OUTPUTS
 from ..core.errors import InputError, NotFoundError, RefusedError
 from ..core.files import sha256_bytes, write_bytes
 from ..core.records import Record, explained
-from .networks import OUTPUTS, ContractNetwork, predict
+from .networks import ContractNetwork, predict
 
 # %% ../../nbs/models/graph.ipynb #2dbd731f
 OPSET = 18

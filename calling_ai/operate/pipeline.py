@@ -14,7 +14,7 @@ __all__ = ['SOURCE', 'Progress', 'STEPS', 'Run', 'next_weeks', 'start_run', 'run
            'train_calling_score', 'train_outcome', 'evaluate', 'compare', 'verdict', 'register', 'report', 'reported',
            'read_result', 'run_pipeline', 'summary']
 
-# %% ../../nbs/operate/pipeline.ipynb #470acbb3
+# %% ../../nbs/operate/pipeline.ipynb #af0d4e1d
 import contextlib
 import datetime
 import os
@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.contract import MODELS
 from ..core.errors import CallingError, NotFoundError, explain_os_error
 from ..core.files import read_json, sha256_file, write_json
 from ..core.records import Estimate, Record, explained
 from ..core.settings import Settings
 from .notebooks import read_record, run_notebook
 from .reports import Headline, RunRecord, index, render, write_run
-from ..registry.versions import MODELS, Registry, Version, VersionDraft, environment
+from ..registry.versions import Registry, Version, VersionDraft, environment
 
 # %% ../../nbs/operate/pipeline.ipynb #ab49d18a
 SOURCE = "town"  # what the models of the main job learn from
