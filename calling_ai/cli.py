@@ -192,7 +192,7 @@ def doctor(
         console.print("all is well" if good else "[red]something needs attention[/]")
     if not good: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #19320177
+# %% ../nbs/cli.ipynb #f528d676
 def main(
     arguments: list[str] | None = None,  # by default those of the process
 ) -> int:
@@ -202,16 +202,15 @@ def main(
         return code
     stopped = "stopped by Ctrl-C; nothing half-written is visible, the command can be run again"
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        code = int(app(arguments, standalone_mode=False) or 0)
+        return fail(stopped, code) if code == 130 else code  # the command parser answers Ctrl-C with 130 and no word
     except CallingError as error: return fail(" ".join(str(error).split()), error.exit_code)
-    except KeyboardInterrupt: return fail(stopped, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error: return fail(str(explain_os_error(error, "the command")), 1)
     except MemoryError: return fail("the machine ran out of memory; use fewer rows or people", 1)
     except Exception as error:
-        if type(error).__name__ == "Abort": return fail(stopped, 130)
         if os.environ.get("CALLING_AI_DEBUG"): raise
         shown = getattr(error, "format_message", None)
         if shown is None: return fail(f"{type(error).__name__}: {' '.join(str(error).split())}; this is a defect, CALLING_AI_DEBUG=1 shows where", 1)

@@ -192,18 +192,28 @@ def test_full_disk_leaves_no_half_version(folder: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "var").rglob("*.onnx"))
 
 
-def test_ctrl_c_is_clean(folder: Path, tmp_path: Path) -> None:
-    arguments = ["train", "--model", "calling_score", "--data", str(folder / "records.csv.gz"), "--epochs", "5000"]
+def test_ctrl_c_during_training_is_clean(folder: Path, tmp_path: Path) -> None:
+    records = pd.read_csv(folder / "records.csv.gz")
+    pd.concat([records] * 60).to_parquet(tmp_path / "many.parquet", index=False)
+    told = tmp_path / "progress.jsonl"
     process = subprocess.Popen(
-        [str(COMMAND), *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [str(COMMAND), "train", "--model", "calling_score", "--data", "many.parquet"],
+        cwd=tmp_path,
+        env={**os.environ, "CALLING_AI_PROGRESS": str(told), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    time.sleep(6)
+    deadline = time.monotonic() + 60
+    while not told.exists() or "training" not in told.read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors and "Ctrl-C" in errors
     assert json.loads(call("versions", "--json", cwd=tmp_path).stdout) == []
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.onnx"))
 
 
 def test_doctor_finds_and_removes_leftovers(folder: Path) -> None:

@@ -12,7 +12,7 @@ stand on these four."""
 __all__ = ['JUDGED_BY', 'REPORTED', 'GOLDEN', 'LabelledRows', 'labelled_rows', 'predict', 'check_golden', 'Candidate', 'fit',
            'judge']
 
-# %% ../../nbs/operate/candidates.ipynb #08fc9245
+# %% ../../nbs/operate/candidates.ipynb #a51caddc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.contract import MODELS, POSITIVE, check_model, feature_table
+from ..core.contract import POSITIVE, check_model, feature_table
 from ..core.errors import InputError, RefusedError
 from ..core.records import Estimate, Record, explained
 from ..models.evaluation import Comparison, compare_paired, estimate_metrics
