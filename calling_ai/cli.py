@@ -67,7 +67,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Show the vers
         print(f"calling-ai {__version__}")
         raise typer.Exit
 
-# %% ../nbs/cli.ipynb #30b6b99d
+# %% ../nbs/cli.ipynb #ee0661f9
 @contextlib.contextmanager
 def _steps(quiet: bool) -> Iterator[Any]:
     "Give a callable `(step, done, total, what)` that draws one progress bar per step."
@@ -90,8 +90,8 @@ def _steps(quiet: bool) -> Iterator[Any]:
 
 @app.command()
 def run(
-    people: Annotated[int | None, typer.Option(help="Number of people in the town.", show_default="from settings")] = None,
-    weeks: Annotated[int | None, typer.Option(help="Weeks to live before training.", show_default="from settings, then two more a run")] = None,
+    people: Annotated[int | None, typer.Option(min=50, help="Number of people in the town.", show_default="from settings")] = None,
+    weeks: Annotated[int | None, typer.Option(min=2, help="Weeks to live before training.", show_default="from settings, then two more a run")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -107,14 +107,14 @@ def run(
     console.print(_table(None, text["columns"], rows, fold=False))
     for line in text["notes"]: console.print(line, soft_wrap=True)
 
-# %% ../nbs/cli.ipynb #d29cf9c7
+# %% ../nbs/cli.ipynb #ffa2144d
 @app.command()
 def train(
     model: Annotated[ModelName, typer.Option(help="Which model to train.")],
     data: Annotated[Path, typer.Option(help="Table with features and outcomes: .csv, .csv.gz or .parquet.")],
     source: Annotated[str | None, typer.Option(help="Name of the data in the version, as in v1.0-SOURCE.", show_default="from the file's name")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of initial weights and batches.", show_default="from settings")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Largest number of passes through the data.", show_default="the model's own")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of initial weights and batches.", show_default="from settings")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Largest number of passes through the data.", show_default="the model's own")] = None,
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Make it the champion if it is the first or better.")] = True,
     as_json: Json = False,
 ) -> None:

@@ -78,7 +78,8 @@ def test_an_estimate_claims_only_what_its_interval_shows(value: float, first: fl
     lower, upper = sorted((first, second))
     estimate = Estimate(value, lower, upper)
     assert estimate.excludes_zero == (not lower <= 0 <= upper)
-    assert str(estimate) == f"{value:.3f} [{lower:.3f}, {upper:.3f}]"
+    digits = 3 if upper - lower >= 0.01 else 4 if upper - lower >= 0.001 else 5
+    assert str(estimate) == f"{value:.{digits}f} [{lower:.{digits}f}, {upper:.{digits}f}]"
     if lower < upper:
         with pytest.raises(InputError, match="lower is .*: it must not exceed upper"):
             Estimate(value, upper, lower)

@@ -179,7 +179,7 @@ def test_nothing_is_made_by_looking(tmp_path):
 @pytest.mark.parametrize(
     ("act", "kind", "message"),
     [
-        (lambda r, d: r.get("score"), InputError, "model is 'score': it must be one of"),
+        (lambda r, d: r.get("score"), InputError, "model is 'score': it must be calling_score or outcome"),
         (
             lambda r, d: r.get("outcome", "v3.0-town"),
             NotFoundError,

@@ -33,7 +33,7 @@ from .notebooks import read_record, run_notebook
 from .reports import Headline, RunRecord, index, render, write_run
 from ..registry.versions import Registry, Version, VersionDraft, environment
 
-# %% ../../nbs/operate/pipeline.ipynb #ab49d18a
+# %% ../../nbs/operate/pipeline.ipynb #efa8f741
 SOURCE = "town"  # what the models of the main job learn from
 Progress = Callable[[str, float, float, str], None]  # step, done, total, what is going on
 
@@ -76,7 +76,7 @@ def start_run(
     if not (workspace.root / "nbs" / "pipelines" / "prepare.ipynb").is_file():
         raise NotFoundError(f"{workspace.root} is not a workspace: it has no nbs/pipelines; run this in a clone, or name one in CALLING_AI_WORKSPACE")
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    run = Run(run_id, kind, _now(), people or workspace.town.people, weeks or next_weeks(workspace), workspace)
+    run = Run(run_id, kind, _now(), workspace.town.people if people is None else people, next_weeks(workspace) if weeks is None else weeks, workspace)
     try: run.folder.mkdir(parents=True)
     except OSError as error: raise explain_os_error(error, f"making the folder of the run in {workspace.store.folder}") from error
     return run

@@ -11,19 +11,18 @@ input and output of one of our two models. A registered file is known by its dig
 # %% auto #0
 __all__ = ['LARGEST', 'OPSET', 'INTERFACES', 'OPERATORS', 'fields', 'ModelFacts', 'inspect_model']
 
-# %% ../../nbs/serve/guard.ipynb #477e78af
+# %% ../../nbs/serve/guard.ipynb #88166cb4
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..core.contract import OUTPUTS
 from ..core.errors import IntegrityError, RefusedError
 from ..core.records import Record, explained
 
-# %% ../../nbs/serve/guard.ipynb #fc2e9968
+# %% ../../nbs/serve/guard.ipynb #a30e6248
 LARGEST = 10_000_000  # bytes of a model file
 OPSET = 18
 INTERFACES: dict[str, tuple[str, tuple[int, ...]]] = {  # model -> output name, numbers of features it may read
-    model: (output, (39, 45)) for model, output in OUTPUTS.items()}
+    "calling_score": ("network_score", (39, 45)), "outcome": ("outcome_probability", (39, 45))}
 OPERATORS: frozenset[str] = frozenset({
     "Abs", "Add", "And", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Div", "Elu", "Equal", "Erf",
     "Exp", "Flatten", "Gather", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity",
