@@ -107,7 +107,7 @@ def run(
     console.print(_table(None, text["columns"], rows, fold=False))
     for line in text["notes"]: console.print(line, soft_wrap=True)
 
-# %% ../nbs/cli.ipynb #ffa2144d
+# %% ../nbs/cli.ipynb #4aa23206
 @app.command()
 def train(
     model: Annotated[ModelName, typer.Option(help="Which model to train.")],
@@ -124,7 +124,8 @@ def train(
     if as_json: return _print_json(result)
     console = _console()
     rows = [[name.replace("_", " "), str(estimate)] for name, estimate in result.metrics.items()]
-    console.print(_table(f"{model.value} {result.version}, on {result.validation_rows:,} validation rows", ["metric", "value, 95 % interval"], rows, fold=False))
+    console.print(f"{model.value} {result.version}, on {result.validation_rows:,} validation rows", style="bold", soft_wrap=True)
+    console.print(_table(None, ["metric", "value, 95 % interval"], rows, fold=False))
     console.print(f"version {result.version} ({result.status}): {result.reason}", soft_wrap=True)
     console.print(f"score with it: calling-ai score --input FILE --output FILE --version {result.version}", soft_wrap=True)
 
@@ -192,7 +193,7 @@ def doctor(
         console.print("all is well" if good else "[red]something needs attention[/]")
     if not good: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #f528d676
+# %% ../nbs/cli.ipynb #ea81a525
 def main(
     arguments: list[str] | None = None,  # by default those of the process
 ) -> int:
@@ -213,6 +214,7 @@ def main(
     except Exception as error:
         if os.environ.get("CALLING_AI_DEBUG"): raise
         shown = getattr(error, "format_message", None)
+        if shown is not None and not shown().strip(): return int(getattr(error, "exit_code", 2))  # the help was shown instead
         if shown is None: return fail(f"{type(error).__name__}: {' '.join(str(error).split())}; this is a defect, CALLING_AI_DEBUG=1 shows where", 1)
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""

@@ -83,7 +83,7 @@ def with_interactions(
     means = [group.mean(dim=1, keepdim=True) for group in (similarity, features[:, CONTEXT], features[:, TIMING])]
     return torch.cat([features, similarity, *means], dim=1)
 
-# %% ../../nbs/models/networks.ipynb #26a681b7
+# %% ../../nbs/models/networks.ipynb #de1818ed
 class ContractNetwork(nn.Module):
     "Raw features of the contract in (n x 39 or 45, NaN = missing), n values in [0, 1] out."
     neutral: Tensor; constant: Tensor; varies: Tensor; centre: Tensor; scale: Tensor; slope: Tensor; intercept: Tensor
@@ -103,13 +103,13 @@ class ContractNetwork(nn.Module):
 
     def derive(self, features: Tensor) -> Tensor:
         "Return the inputs of the first layer before scaling: filled, clipped, with interactions."
-        filled = torch.where(torch.isnan(features), self.neutral, features).clamp(0.0, 1.0)
-        held = torch.where(self.varies, filled, self.constant)
+        filled = torch.where(torch.isnan(features), self.neutral.to(features.dtype), features).clamp(0.0, 1.0)
+        held = torch.where(self.varies, filled, self.constant.to(features.dtype))
         return with_interactions(held) if self.spec.interactions else held
 
     def prepare(self, features: Tensor) -> Tensor:
         "Return the scaled inputs of the first layer; training computes them once."
-        return (self.derive(features) - self.centre) / self.scale
+        return ((self.derive(features.double()) - self.centre.double()) / self.scale.double()).float()
 
     def member_logits(self, inputs: Tensor) -> Tensor:
         "Return the logits of prepared inputs: n values, or members x n."
