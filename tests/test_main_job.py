@@ -158,6 +158,18 @@ def test_ctrl_c_during_a_run(root: Path, tmp_path: Path) -> None:
     assert "interrupted" in (folder / "reports" / "index.html").read_text()
 
 
+def test_a_model_that_has_a_champion_is_compared_though_the_other_has_none(root: Path, tmp_path: Path) -> None:
+    folder = make_workspace(tmp_path / "workspace", root)
+    assert call(folder, "generate", "--kind", "hybrid", "--rows", "1500", "--output", "var/records.csv").returncode == 0
+    assert call(folder, "train", "--model", "calling_score", "--data", "var/records.csv").returncode == 0
+    done = call(folder, "run", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["verdicts"]["outcome"] == "first" and set(result["compared"]) == {"calling_score"}
+    assert result["verdicts"]["calling_score"] == result["compared"]["calling_score"]["verdict"] != "first"
+    assert result["before"] == {"calling_score": "v1.0-records"}
+
+
 def run_flow(folder: Path, home: Path, **more: str) -> None:
     """Run the flow once, as a person would."""
     done = subprocess.run(

@@ -129,7 +129,7 @@ def champions(
         with contextlib.suppress(NotFoundError): found[model] = Registry(workspace.root).get(model, "champion")
     return found
 
-# %% ../../nbs/operate/pipeline.ipynb #a34eb8d0
+# %% ../../nbs/operate/pipeline.ipynb #c928764e
 def prepare(run: Run, progress: Progress | None = None) -> dict[str, Any]:
     "Let the town live, and write snapshot and truth."
     policy, evaluation = run.settings.policy, run.settings.evaluation
@@ -164,9 +164,9 @@ def evaluate(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         "replicates": evaluation.replicates, "confidence": evaluation.confidence}, progress=progress)
 
 def compare(run: Run, progress: Progress | None = None) -> dict[str, Any]:
-    "Hold both models against the champions, on the same held-out decisions; without champions there is nothing to do."
+    "Hold each model that has a champion against it, on the same held-out decisions; without any there is nothing to do."
     champion = champions(run.settings)
-    if set(champion) != set(MODELS):
+    if not champion:
         if progress: progress("compare", 1, 1, "no champion to compare with")
         return {}
     prepared, evaluation, registry = read_record(run.folder / "prepare.json"), run.settings.evaluation, Registry(run.settings.root)
@@ -176,7 +176,7 @@ def compare(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         **{f"champion_{model}_version": version.version for model, version in champion.items()},
         "replicates": evaluation.replicates, "confidence": evaluation.confidence}, progress=progress)
 
-# %% ../../nbs/operate/pipeline.ipynb #854de885
+# %% ../../nbs/operate/pipeline.ipynb #5d2b822c
 def verdict(
     comparison: dict[str, Any] | None,  # of one model, as the notebook wrote it; none when there is no champion
 ) -> str:  # first, better, worse or cannot tell
@@ -207,7 +207,7 @@ def register(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         done = {item.model: item for item in registered}
     result = {"versions": {model: item.version for model, item in done.items()}, "verdicts": verdicts,
               "champions": {model: item.version for model, item in champions(run.settings).items()},
-              "before": {model: item.version for model, item in champion.items()}}
+              "before": {model: item.parent for model, item in done.items() if item.parent}}
     if not (run.folder / "register.json").is_file(): write_json(run.folder / "register.json", result)
     if progress: progress("register", 1, 1, "")
     return read_record(run.folder / "register.json")
