@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format lab bench reports clean
+.PHONY: help install run test faults check format lab bench reports clean
 
 help:            ## Show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -24,6 +24,9 @@ run: $(STAMP)    ## Run the main job: people, town, training, evaluation, versio
 
 test: $(STAMP)   ## Run every test
 	@CI_SHARED="$(abspath ../shared)" $(BIN)/python -m pytest
+
+faults: $(STAMP) ## Run the long fault and simulation harnesses at full size
+	@CI_SHARED="$(abspath ../shared)" $(BIN)/python -m pytest -m long -s
 
 check: $(STAMP)  ## Check format, lint, types, and that package and README equal the notebooks
 	@$(BIN)/python .ci/check.py
