@@ -10,7 +10,8 @@ file is content-addressed, read-only, and checked against its digest each time i
 
 # %% auto #0
 __all__ = ['ALIASES', 'STATUSES', 'versions_table', 'aliases_table', 'events_table', 'parse_version', 'environment',
-           'VersionDraft', 'Version', 'Event', 'restore_estimates', 'keep_file', 'number_next', 'Registry']
+           'VersionDraft', 'Version', 'Event', 'restore_estimates', 'keep_file', 'number_next', 'Release',
+           'release_key', 'Registry']
 
 # %% ../../nbs/registry/versions.ipynb #490825a8
 import contextlib
@@ -78,7 +79,7 @@ class VersionDraft(Record):
             raise InputError(f"source is {self.source!r}: it must be lower-case letters and digits, with single dashes, such as town")
         if self.parent is not None: parse_version(self.parent)
 
-# %% ../../nbs/registry/versions.ipynb #2ea4f5c3
+# %% ../../nbs/registry/versions.ipynb #d44f4c92
 @dataclass(frozen=True)
 class Version(Record):
     "A registered model."
@@ -103,8 +104,8 @@ class Event(Record):
     "One change, as it was written down."
     number: int = explained("position, from 1")
     at: dt.datetime = explained("when, UTC")
-    action: str = explained("register, alias or status")
-    model: str = explained("calling_score or outcome")
+    action: str = explained("register, alias, status or release")
+    model: str = explained("calling_score, outcome, or release")
     subject: str = explained("the version, or the alias, that changed")
     before: str | None = explained("what it was")
     after: str | None = explained("what it became")
@@ -180,7 +181,22 @@ def number_next(
     last = connection.scalar(sa.select(sa.func.max(table.minor)).where(table.model == model, table.major == major))
     return major, 0 if last is None else last + 1
 
-# %% ../../nbs/registry/versions.ipynb #b7870d77
+# %% ../../nbs/registry/versions.ipynb #e3f9ca69
+@dataclass(frozen=True)
+class Release(Record):
+    "A composed file that serves a pair of versions."
+    key: str = explained("digests of the two model files, a dash where there is none")
+    digest: str = explained("SHA-256 of the release")
+    size: int = explained("bytes of the release")
+    versions: dict[str, str] = explained("version of each model inside, when it was composed")
+
+def release_key(
+    versions: Mapping[str, Version],  # by model; one of the two may be absent
+) -> str:
+    "Return what a release of these versions is known by."
+    return "+".join(versions[model].digest if model in versions else "-" for model in MODELS)
+
+# %% ../../nbs/registry/versions.ipynb #c1a3eaee
 class Registry:
     "The versions of a workspace."
 
@@ -188,7 +204,7 @@ class Registry:
         root: str | Path | None = None,  # folder of the workspace; by default it is looked for
     ) -> None:
         found = settings(root)
-        self.folder = found.var / "models"
+        self.folder, self.releases = found.var / "models", found.var / "releases"
         self.database = engine(found.database_url)
 
     def register(self,
@@ -279,10 +295,42 @@ class Registry:
         self.read_file(version)
         return self.folder / f"{version.digest}.onnx"
 
+    def keep_release(self,
+        file: str | Path,                 # composed from the files of these versions, and compared with them
+        versions: Mapping[str, Version],  # by model; one of the two may be absent
+        actor: str = "",                  # who or which gate
+    ) -> Release:
+        "Keep a release of versions, and write down that it is theirs; the same file again changes nothing."
+        key, kept = release_key(versions), keep_file(file, self.releases)
+        create_tables(self.database)
+        with writing(self.database, alone="registry") as connection:
+            known = _last_release(connection, key)
+            if known is None or known.digest != kept.stem:
+                for model, item in versions.items(): _find(connection, model, item.version)
+                names = {model: item.version for model, item in versions.items()}
+                _write_event(connection, "release", "release", key, known.digest if known else None, kept.stem, actor,
+                             {"size": kept.stat().st_size, "versions": names})
+            found = _last_release(connection, key)
+            assert found is not None
+            return found
+
+    def release(self,
+        versions: Mapping[str, Version],  # by model; one of the two may be absent
+    ) -> Release | None:
+        "Return the release of versions, or nothing when none was composed."
+        with self._looking() as connection:
+            return None if connection is None else _last_release(connection, release_key(versions))
+
+    def marker(self) -> int:
+        "Return the number of the last event: while it stays the same, nothing has changed."
+        with self._looking() as connection:
+            return 0 if connection is None else connection.scalar(sa.select(sa.func.max(events_table.c.number))) or 0
+
     def orphans(self) -> tuple[Path, ...]:
-        "Return the files in the folder of models that no version refers to, unfinished ones included."
-        on_disk = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
-        known = {f"{version.digest}.onnx" for version in self.list()}  # after the folder: what is kept since then is not seen
+        "Return the files in the folders of models and releases that nothing refers to, unfinished ones included."
+        on_disk = [path for folder in (self.folder, self.releases) if folder.is_dir() for path in sorted(folder.iterdir()) if path.suffix != ".json"]
+        known = {f"{version.digest}.onnx" for version in self.list()}  # after the folders: what is kept since then is not seen
+        known |= {f"{event.after}.onnx" for event in self.events() if event.action == "release"}
         return tuple(path for path in on_disk if path.name not in known)
 
     @contextlib.contextmanager
@@ -294,7 +342,7 @@ class Registry:
         with reading(self.database) as connection:
             yield connection if sa.inspect(connection).has_table(versions_table.name) else None
 
-# %% ../../nbs/registry/versions.ipynb #d94dc66c
+# %% ../../nbs/registry/versions.ipynb #ee10c529
 def _nothing(model: str) -> NotFoundError:
     return NotFoundError(f"no version of {model} is registered yet: `calling-ai run` or `calling-ai train --model {model} --data FILE` makes one")
 
@@ -336,6 +384,12 @@ def _insert(connection: Connection, draft: VersionDraft, path: Path, actor: str,
         size=path.stat().st_size, snapshot_digest=draft.snapshot_digest, parent=draft.parent, created_at=now, **held))
     _write_event(connection, "register", draft.model, name, None, "staging", actor, {"digest": path.stem, "parent": draft.parent})
     return name
+
+def _last_release(connection: Connection, key: str) -> Release | None:
+    "Return the release that was last written down for a key."
+    where = (events_table.c.action == "release", events_table.c.subject == key)
+    row = connection.execute(sa.select(events_table).where(*where).order_by(events_table.c.number.desc()).limit(1)).mappings().first()
+    return None if row is None else Release(key, row["after"], row["evidence"]["size"], row["evidence"]["versions"])
 
 def _set_status(connection: Connection, model: str, version: str, status: str, actor: str) -> None:
     where = (versions_table.c.model == model, versions_table.c.version == version)
