@@ -80,7 +80,7 @@ class Effect(Record):
         def text(value: float) -> str: return f"{value:+.2%}" if self.relative else f"{value:+.4g}"
         return f"{self.metric or 'effect'}: {text(self.effect)} [{text(self.lower)}, {text(self.upper)}], p {self.pvalue:.3g}"
 
-# %% ../../nbs/experiments/inference.ipynb #f265632c
+# %% ../../nbs/experiments/inference.ipynb #1008bd7e
 class Strata(NamedTuple):
     "Two arms side by side in H strata, for k columns; the first index is the arm, control first."
     count: np.ndarray    # 2 x H
@@ -88,6 +88,8 @@ class Strata(NamedTuple):
     scatter: np.ndarray  # 2 x H x k x k
     weight: np.ndarray   # H, sums to one
     left_out: int        # users of strata that say nothing about a difference
+    links: np.ndarray    # L x 4: arm and stratum, arm and stratum of two cells that share users
+    products: np.ndarray # L x k x k: sums of products of deviations of the shared users, first cell by second
 
 WEIGHTS = ("harmonic", "population")
 
@@ -115,7 +117,20 @@ def strata(
     count = summaries.count[at].astype(float)
     size = count.prod(axis=0) / count.sum(axis=0) if weights == "harmonic" else count.sum(axis=0)
     left_out = summaries.users(control) + summaries.users(treatment) - int(count.sum())
-    return Strata(count, summaries.mean[at][..., use], summaries.scatter[at][..., use, :][..., use], size / size.sum(), left_out)
+    links, products = _links(summaries, at, use)
+    return Strata(count, summaries.mean[at][..., use], summaries.scatter[at][..., use, :][..., use], size / size.sum(), left_out, links, products)
+
+def _links(summaries: Summaries, at: np.ndarray, use: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    "Return which of the compared cells share users, and the products of their deviations from the means of the cells."
+    where = {summaries.cells[i]: (a, h) for a in (0, 1) for h, i in enumerate(at[a].tolist())}
+    kept = [i for i, pair in enumerate(summaries.shared.cells) if pair[0] in where and pair[1] in where]
+    if not kept: return np.zeros((0, 4), dtype=int), np.zeros((0, len(use), len(use)))
+    links = np.array([(*where[summaries.shared.cells[i][0]], *where[summaries.shared.cells[i][1]]) for i in kept])
+    k, mean, own = len(summaries.columns), summaries.shared.mean[kept], summaries.mean
+    first = mean[:, :k] - own[at[links[:, 0], links[:, 1]]]
+    second = mean[:, k:] - own[at[links[:, 2], links[:, 3]]]
+    products = summaries.shared.scatter[kept][:, :k, k:] + summaries.shared.count[kept][:, None, None] * first[:, :, None] * second[:, None, :]
+    return links, products[:, use, :][:, :, use]
 
 # %% ../../nbs/experiments/inference.ipynb #f483dbb5
 class Adjusted(NamedTuple):
@@ -157,7 +172,7 @@ def adjusted(
     if adjust == "regression": shared = np.einsum("h,hij->ij", w**2 / (count * (count - 1)), both[:, b:, b:])
     return Adjusted(mean[:, :b] - np.einsum("abp,ap->ab", slope, mean[:, b:] - target), slope, extra, shared, inflation, idle)
 
-# %% ../../nbs/experiments/inference.ipynb #9aa4af6e
+# %% ../../nbs/experiments/inference.ipynb #2e310fcf
 METHODS = ("welch", "z", "z-unpooled", "z-pooled")
 INTERVALS = ("delta", "log", "fieller")
 ALTERNATIVES = ("two-sided", "greater", "less")
@@ -167,11 +182,11 @@ class _Arms(NamedTuple):
     value: np.ndarray    # 2: the metric
     variance: np.ndarray # 2: of the value
     parts: np.ndarray    # 2 x H: of the variance
-    pull: np.ndarray     # 2 x p: how the values move with the mean of the covariates over both arms
+    common: np.ndarray   # 2 x 2: covariance of the values from users who came in several stages, and from `pull`
 
 def _arms(sides: Strata, metric: Metric, change: Adjusted, ddof: int) -> _Arms:
     "Return the metric of both arms with its variance, by the delta method."
-    mean, parts, extra, pull = change.mean, [], [], []
+    mean, parts, extra, pull, gradients = change.mean, [], [], [], []
     if metric.denominator and (mean[:, 1] <= 0).any(): raise InputError(f"the mean of the denominator {metric.denominator} is {mean[:, 1].min():g}: it must be above zero in both arms")
     value = mean[:, 0] / mean[:, 1] if metric.denominator else mean[:, 0]
     for a in (0, 1):
@@ -181,7 +196,16 @@ def _arms(sides: Strata, metric: Metric, change: Adjusted, ddof: int) -> _Arms:
         parts.append(sides.weight**2 * spread / (sides.count[a] * (sides.count[a] - ddof)) * change.inflation[a])
         extra.append(gradient @ change.extra[a] @ gradient)
         pull.append(gradient @ change.slope[a])
-    return _Arms(value, np.sum(parts, axis=1) + np.array(extra), np.array(parts), np.array(pull))
+        gradients.append(full)
+    common = np.array(pull) @ change.shared @ np.array(pull).T + _linked(sides, np.array(gradients))
+    return _Arms(value, np.sum(parts, axis=1) + np.array(extra), np.array(parts), common)
+
+def _linked(sides: Strata, gradient: np.ndarray) -> np.ndarray:
+    "Return the 2 x 2 covariance of the values of both arms that users in several strata make."
+    covariance, (a, g, b, h) = np.zeros((2, 2)), sides.links.T
+    term = sides.weight[g] * sides.weight[h] * np.einsum("li,lij,lj->l", gradient[a], sides.products, gradient[b]) / (sides.count[a, g] * sides.count[b, h])
+    np.add.at(covariance, (a, b), term)
+    return covariance + covariance.T
 
 def _check_level(confidence: float, alternative: str, margin: float) -> None:
     if not 0 < confidence < 1: raise InputError(f"confidence is {confidence}: it must lie between 0 and 1")
@@ -206,12 +230,13 @@ def _fieller(treatment: float, control: float, variances: Sequence[float], reach
     root = math.sqrt(max(b * b - a * c, 0.0))
     return (b - root) / a - 1, (b + root) / a - 1
 
-def _pooled_error(sides: Strata) -> float:
+def _pooled_error(sides: Strata, arms: _Arms) -> float:
     "Return the standard error of a difference of proportions when both arms of a stratum have the same one."
     share = (sides.count * sides.mean[..., 0]).sum(axis=0) / sides.count.sum(axis=0)
-    return float(np.sqrt((sides.weight**2 * share * (1 - share) * (1 / sides.count).sum(axis=0)).sum()))
+    own = (sides.weight**2 * share * (1 - share) * (1 / sides.count).sum(axis=0)).sum()
+    return math.sqrt(max(float(own + arms.common.trace() - 2 * arms.common[0, 1]), 0.0))
 
-# %% ../../nbs/experiments/inference.ipynb #d66cdb78
+# %% ../../nbs/experiments/inference.ipynb #24ec875e
 def compare(
     summaries: Summaries,          # every stage and day in it is a stratum
     metric: Metric | str = "y",    # a name of a column is its mean
@@ -244,8 +269,8 @@ def compare(
     change = adjusted(sides, len(base), adjust)
     arms = _arms(sides, metric, change, 0 if method.startswith("z-") else 1)
     freedom = _freedom(sides, arms, change) if method == "welch" else math.inf
-    numbers = _effect(arms, change, relative, interval, freedom, alternative, margin, confidence)
-    if method == "z-pooled" and numbers[1] > 0: numbers = (*numbers[:4], _test(numbers[0] / _pooled_error(sides), math.inf, alternative))
+    numbers = _effect(arms, relative, interval, freedom, alternative, margin, confidence)
+    if method == "z-pooled" and numbers[1] > 0: numbers = (*numbers[:4], _test(numbers[0] / _pooled_error(sides, arms), math.inf, alternative))
     effect, error, lower, upper, pvalue = numbers
     return Effect(float(arms.value[0]), float(arms.value[1]), effect, lower, upper, pvalue, confidence, _name(method, adjust, relative, interval, len(sides.weight), weights),
                   str(metric), int(sides.count[0].sum()), int(sides.count[1].sum()), error, relative, alternative, margin,
@@ -259,12 +284,11 @@ def _freedom(sides: Strata, arms: _Arms, change: Adjusted) -> float:
     below = (arms.parts**2 / own).sum()
     return float(arms.parts.sum() ** 2 / below) if below > 0 else math.inf
 
-def _effect(arms: _Arms, change: Adjusted, relative: bool, interval: str, freedom: float, alternative: str, margin: float,
+def _effect(arms: _Arms, relative: bool, interval: str, freedom: float, alternative: str, margin: float,
             confidence: float) -> tuple[float, float, float, float, float]:
     "Return effect, standard error, lower, upper and p-value."
     (c, t), (vc, vt) = arms.value.tolist(), arms.variance.tolist()
-    common = arms.pull @ change.shared @ arms.pull.T  # what both arms owe to the mean of the covariates
-    vc, vt, cov = vc + common[0, 0], vt + common[1, 1], common[0, 1]
+    vc, vt, cov = vc + float(arms.common[0, 0]), vt + float(arms.common[1, 1]), float(arms.common[0, 1])
     if relative and c <= 0: raise InputError(f"the control is {c:g}: a relative effect needs a control above zero")
     if relative and interval == "log" and t <= 0: raise InputError(f"the treatment is {t:g}: the logarithm needs a treatment above zero")
     up, down = (1 / c, -t / c**2) if relative else (1.0, -1.0)
