@@ -10,7 +10,7 @@ setting that is silently ignored is worse than none."""
 
 # %% auto #0
 __all__ = ['ranged', 'StoreSettings', 'PolicySettings', 'TownSettings', 'TrainingSettings', 'EvaluationSettings', 'BatchSettings',
-           'ScheduleSettings', 'Settings', 'settings']
+           'ServeSettings', 'ScheduleSettings', 'Settings', 'settings']
 
 # %% ../../nbs/core/settings.ipynb #caa164bf
 import configparser
@@ -34,7 +34,7 @@ def ranged(
     "Return a field of a section: a number in [`low`, `high`]."
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
 
-# %% ../../nbs/core/settings.ipynb #08d9f685
+# %% ../../nbs/core/settings.ipynb #b250ea19
 @dataclass(frozen=True)
 class StoreSettings(Record):
     "Where things are kept."
@@ -87,11 +87,17 @@ class BatchSettings(Record):
     scheduler: str = explained("address of a Dask scheduler; empty is a cluster of processes on this machine", default="")
 
 @dataclass(frozen=True)
+class ServeSettings(Record):
+    "How moments are scored."
+    refresh_seconds: float = ranged("how often a scorer looks for another champion, in the background", 0.05, 3_600, 5.0)
+    budget_seconds: float = ranged("longest time for a request before the formula answers; 0 is no limit", 0, 60, 0.0)
+
+@dataclass(frozen=True)
 class ScheduleSettings(Record):
     "When flows run, in cron syntax, UTC."
     retrain: str = explained("when retraining is looked at", default="0 3 * * *")
 
-# %% ../../nbs/core/settings.ipynb #07239351
+# %% ../../nbs/core/settings.ipynb #dc952d9b
 @dataclass(frozen=True)
 class Settings(Record):
     "The settings of a workspace."
@@ -102,6 +108,7 @@ class Settings(Record):
     training: TrainingSettings = explained("how models are trained", default=TrainingSettings())
     evaluation: EvaluationSettings = explained("how models are judged", default=EvaluationSettings())
     batch: BatchSettings = explained("how tables larger than memory are scored", default=BatchSettings())
+    serve: ServeSettings = explained("how moments are scored", default=ServeSettings())
     schedules: ScheduleSettings = explained("when flows run", default=ScheduleSettings())
 
     @property

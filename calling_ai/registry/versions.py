@@ -13,7 +13,7 @@ __all__ = ['ALIASES', 'STATUSES', 'versions_table', 'aliases_table', 'events_tab
            'VersionDraft', 'Version', 'Event', 'restore_estimates', 'keep_file', 'number_next', 'Release',
            'release_key', 'Registry']
 
-# %% ../../nbs/registry/versions.ipynb #490825a8
+# %% ../../nbs/registry/versions.ipynb #7ecde874
 import contextlib
 import datetime as dt
 import importlib.metadata
@@ -31,7 +31,7 @@ from sqlalchemy.engine import Connection, RowMapping
 
 from ..core.contract import MODELS, check_model
 from ..core.errors import InputError, IntegrityError, NotFoundError, RefusedError, explain_os_error
-from ..core.files import atomic_path, sha256_bytes, sha256_file, to_json
+from ..core.files import atomic_path, read_checked, sha256_bytes, sha256_file, to_json
 from ..core.records import Estimate, Record, explained
 from ..core.settings import settings
 from ..store.database import Moment, create_tables, engine, metadata, reading, writing
@@ -196,7 +196,7 @@ def release_key(
     "Return what a release of these versions is known by."
     return "+".join(versions[model].digest if model in versions else "-" for model in MODELS)
 
-# %% ../../nbs/registry/versions.ipynb #c1a3eaee
+# %% ../../nbs/registry/versions.ipynb #2b575daf
 class Registry:
     "The versions of a workspace."
 
@@ -278,15 +278,8 @@ class Registry:
         version: Version,  # from `get` or `list`
     ) -> bytes:
         "Return the content of the model file, after its size and digest were compared with what was registered."
-        path = self.folder / f"{version.digest}.onnx"
-        name = f"model file of {version.model} {version.version}"
-        try: size, data = path.stat().st_size, path.read_bytes()
-        except FileNotFoundError:
-            raise IntegrityError(f"{name} is missing: restore {version.digest}.onnx from a backup, or train again") from None
-        except OSError as error: raise explain_os_error(error, f"reading the {name}") from error
-        if size != version.size or sha256_bytes(data) != version.digest:
-            raise IntegrityError(f"{name} is not what was registered (size or digest differ): restore it from a backup, or train again")
-        return data
+        return read_checked(self.folder / f"{version.digest}.onnx", version.digest, version.size, f"model file of {version.model} {version.version}",
+                            f"restore {version.digest}.onnx from a backup, or train again")
 
     def load_file(self,
         version: Version,  # from `get` or `list`
