@@ -168,7 +168,7 @@ def _has_psycopg() -> bool:
 def test_journal_follows_the_library(database):
     with reading(database) as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == journal_mode()
-        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 3
     assert journal_mode((3, 51, 2)) == "delete" and journal_mode((3, 51, 3)) == "wal"
 
 

@@ -76,18 +76,18 @@ def tuples(
         if numbers: yield [(*head, *tail) for head, tail in zip(zip(*plain), np.column_stack([held.columns[name][rows] for name in numbers]).tolist())]
         else: yield list(zip(*plain))
 
-# %% ../../nbs/store/bulk.ipynb #43982c43
+# %% ../../nbs/store/bulk.ipynb #660ac43d
 def existing(
     connection: Connection,
     table: sa.Table,
     column: str,            # that is looked up
     values: Sequence[Any],  # its values
-    wanted: Sequence[str],  # columns of the answer
+    wanted: Sequence[Any],  # columns of the answer
 ) -> list[sa.Row]:
     "Return the rows of a table whose column is one of the values."
     distinct, found = list(dict.fromkeys(value for value in values if value is not None)), []
     for start in range(0, len(distinct), BLOCK):
-        chosen = sa.select(*(table.c[name] for name in wanted)).where(table.c[column].in_(distinct[start:start + BLOCK]))
+        chosen = sa.select(*wanted).where(table.c[column].in_(distinct[start:start + BLOCK]))
         found += connection.execute(chosen).all()
     return found
 
@@ -100,7 +100,7 @@ def check_same(
 ) -> None:
     "Raise a `Conflict` if a row of the batch and the row of the table with its key differ."
     names = list(dict.fromkeys([*key, *content]))
-    found = existing(connection, table, key[-1], held.cells(key[-1], slice(None)), names)
+    found = existing(connection, table, key[-1], held.cells(key[-1], slice(None)), [table.c[name] for name in names])
     kept = {tuple(getattr(row, name) for name in key): row._asdict() for row in found}
     cells = {name: held.cells(name, slice(None)) if name in held.columns else [None] * held.rows for name in names}
     for name in names:
@@ -111,7 +111,7 @@ def check_same(
     for row, values in enumerate(zip(*cells.values())):
         given = dict(zip(names, values))
         there = kept[tuple(given[name] for name in key)]
-        if there != given: raise conflict(table.name, key, there, given, row)
+        if there != given: raise conflict(table.name, key, there, given, held.position(row))
 
 # %% ../../nbs/store/bulk.ipynb #0bbd8dc7
 SMALL = 50  # rows below which COPY does not pay

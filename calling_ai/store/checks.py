@@ -213,12 +213,19 @@ def check_texts(
             raise InputError(f"{_at(row(), column.name)}{word!r:.20} is not a pseudonym of 64 hexadecimal digits; give the raw id as user_id", row(), column.name)
     return texts
 
-# %% ../../nbs/store/checks.ipynb #44dafbff
+# %% ../../nbs/store/checks.ipynb #0a169303
 @dataclass(frozen=True)
 class Batch(Record):
     "Checked columns."
     rows: int = explained("number of rows")
     columns: dict[str, Any] = explained("by name: float64, int64 or bool arrays, lists, or `Texts`")
+    positions: np.ndarray | None = explained("where each row was when it was given, if some are gone or in another order", default=None)
+
+    def position(self,
+        row: int,  # in this batch
+    ) -> int:
+        "Return where a row was when it was given."
+        return row if self.positions is None else int(self.positions[row])
 
     def cells(self,
         name: str,    # of a column
@@ -237,7 +244,8 @@ class Batch(Record):
         def of(column: Any) -> Any:
             if isinstance(column, Texts): return Texts(column.codes[positions], column.words)
             return [column[row] for row in positions.tolist()] if isinstance(column, list) else column[positions]
-        return Batch(len(positions), {name: of(column) for name, column in self.columns.items()})
+        given = positions if self.positions is None else self.positions[positions]
+        return Batch(len(positions), {name: of(column) for name, column in self.columns.items()}, given)
 
 CHECKS = {"id": check_ids, "key": check_texts, "name": check_texts, "words": check_texts, "time": check_times, "flag": check_flags,
           "number": check_numbers, "whole": check_whole}
@@ -267,6 +275,7 @@ def batch(
         near = get_close_matches(unknown[0], list(columns), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"unknown column {unknown[0]!r:.60}: it has no place in the log{hint}", column=unknown[0])
+    given = {name: values for name, values in given.items() if not (type(values) is list and values.count(None) == rows > 0)}  # says nothing
     checked: dict[str, Any] = {}
     for name, column in columns.items():
         if name in given: checked[name] = CHECKS[column.kind](given[name], column)

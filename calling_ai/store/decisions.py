@@ -10,14 +10,14 @@ reads back as frames; it computes nothing."""
 
 # %% auto #0
 __all__ = ['WAIT_SECONDS', 'ATTEMPTS', 'T', 'Decision', 'Outcome', 'example_decisions', 'example_outcomes', 'Written',
-           'DecisionLog']
+           'ErasedRows', 'LogCounts', 'received', 'check_outcomes_follow', 'check_corrections', 'DecisionLog']
 
-# %% ../../nbs/store/decisions.ipynb #b2f31612
-import contextlib
+# %% ../../nbs/store/decisions.ipynb #fb4f4ee9
 import dataclasses
 import datetime as dt
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,12 +30,14 @@ from ..core.contract import ASSESSMENT_NAMES, FEATURE_NAMES, TREND_NAMES
 from ..core.errors import InputError, NotFoundError, SettingsError
 from ..core.records import Record, explained
 from ..core.settings import Settings, settings
-from .bulk import Conflict, existing, insert
+from .bulk import existing, insert
 from .checks import EPOCH, Batch, batch
-from .database import Moment, create_tables, engine, micros, reading, writing
-from .identity import fingerprint, pseudonym, tombstone, user_secret, uuid7, uuid7s
+from .columns import read_columns
+from .database import Moment, database_time, engine, micros, reading, writing
+from .identity import check_text, fingerprint, pseudonym, tombstone, user_secret, uuid7
+from .migrations import ensure
 from .schema import (
-    DECISION_COLUMNS, EXPOSURE_COLUMNS, OUTCOME_COLUMNS, attributed, decisions, exposures, facts, forgotten, forgotten_decisions, outcomes)
+    DECISION_COLUMNS, EXPOSURE_COLUMNS, OUTCOME_COLUMNS, attributed, decisions, erasing, exposures, facts, forgotten, forgotten_decisions, outcomes)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,7 +147,7 @@ def example_outcomes(
                          "outcome_type": np.select([score >= 0.7, score <= 0.3], ["positive", "negative"], "neutral").astype(object), "outcome_score": score,
                          "action": "visit", "happened_at": happened, "received_at": received})
 
-# %% ../../nbs/store/decisions.ipynb #3f34a105
+# %% ../../nbs/store/decisions.ipynb #ebc4fd93
 @dataclass(frozen=True)
 class Written(Record):
     "What became of the rows of a call."
@@ -154,46 +156,134 @@ class Written(Record):
     repeated: int = explained("rows that were there already, with the same content")
     forgotten: int = explained("rows of people who asked to be forgotten; they were dropped", default=0)
 
-WAIT_SECONDS = 600.0  # how long SQLite waits for another process that writes
-ATTEMPTS = 8          # of a transaction that PostgreSQL ended because of a deadlock
-T = TypeVar("T")
+@dataclass(frozen=True)
+class ErasedRows(Record):
+    "What was erased of a person."
+    decisions: int = explained("decisions")
+    outcomes: int = explained("outcomes of those decisions")
+    exposures: int = explained("exposures to experiments")
+    decision_ids: tuple[str, ...] = explained("identifiers of the decisions, to look for them elsewhere", repr=False)
 
-# %% ../../nbs/store/decisions.ipynb #191b4011
+@dataclass(frozen=True)
+class LogCounts(Record):
+    "What is in the log."
+    decisions: int = explained("decisions")
+    outcomes: int = explained("messages about outcomes, corrections included")
+    exposures: int = explained("users who met an arm of an experiment")
+    waiting: int = explained("messages whose decision the log does not know (yet)")
+    impossible: int = explained("messages that say they happened before their decision; they count for nothing")
+    forgotten: int = explained("people who asked to be forgotten")
+
+# %% ../../nbs/store/decisions.ipynb #7ac146f5
 _DECISION_CONTENT = [name for name in DECISION_COLUMNS if name != "recorded_at"]
 _OUTCOME_CONTENT = [name for name in OUTCOME_COLUMNS if name != "received_at"]
 
 def _micros_of(moment: dt.datetime) -> int: return (moment - EPOCH) // dt.timedelta(microseconds=1)
 
-def _late(held: Batch, name: str, limit: Any, words: str) -> None:
+def _not_beyond(held: Batch, name: str, limit: Any, words: str) -> None:
     "Raise an error for the first time in column `name` that is beyond `limit`."
     beyond = held.columns[name] > limit
     if not beyond.any(): return
-    row = int(beyond.argmax())
-    moment = EPOCH + dt.timedelta(microseconds=int(held.columns[name][row]))
+    row = held.position(int(beyond.argmax()))
+    moment = EPOCH + dt.timedelta(microseconds=int(held.columns[name][int(beyond.argmax())]))
     raise InputError(f"row {row}, column {name}: {moment.isoformat()} {words}", row, name)
+
+def received(
+    held: Batch,
+    name: str,           # column of our clock: recorded_at or received_at
+    now: dt.datetime,    # on our clock
+    skew_seconds: float, # how far two clocks may differ
+) -> Batch:
+    "Return the batch with the time at which its rows reached the log, each key at its first arrival first."
+    limit = _micros_of(now)
+    if name not in held.columns: return dataclasses.replace(held, columns=held.columns | {name: np.full(held.rows, limit, np.int64)})
+    _not_beyond(held, name, limit + round(skew_seconds * 1e6), "lies in the future; it is our own clock and cannot be ahead")
+    arrived = held.columns[name]
+    if (np.diff(arrived) >= 0).all() or len(set(held.columns["id"] if isinstance(held.columns["id"], list) else held.columns["id"].codes.tolist())) == held.rows: return held
+    return held.take(np.argsort(arrived, kind="stable"))
+
+def check_outcomes_follow(
+    connection: Connection,
+    held: Batch,           # outcomes
+    skew_seconds: float,   # how far two clocks may differ
+    strict: bool,          # their decisions must be known
+) -> None:
+    "Raise an error if an outcome happened before its decision, or if its decision must be known and is not."
+    ids, skew = held.columns["decision_id"], round(skew_seconds * 1e6)
+    rows = existing(connection, decisions, "id", ids, [decisions.c.id, micros(decisions.c.decided_at)])
+    known = dict(rows)
+    if not known and not strict: return
+    decided = np.array([known.get(identifier, -1) for identifier in ids])
+    if strict and (decided < 0).any():
+        row = int((decided < 0).argmax())
+        raise InputError(f"row {held.position(row)}, column decision_id: {ids[row]} is a decision that the log does not know", held.position(row), "decision_id")
+    early = (decided >= 0) & (held.columns["happened_at"] < decided - skew)
+    if early.any():
+        row = int(early.argmax())
+        seconds = (decided[row] - held.columns["happened_at"][row]) / 1e6
+        raise InputError(f"row {held.position(row)}, column happened_at: the outcome happened {seconds:,.0f} seconds before its decision; "
+                         f"two clocks may differ by {skew_seconds:g} seconds", held.position(row), "happened_at")
+
+def check_corrections(
+    connection: Connection,
+    held: Batch,  # outcomes, written already in this transaction
+) -> None:
+    "Raise an error if a correction corrects itself, in one step or several, or an outcome of another decision."
+    if "corrects" not in held.columns: return
+    keys, targets = held.cells("id", slice(None)), held.cells("corrects", slice(None))
+    rows = {key: row for row, (key, target) in enumerate(zip(keys, targets)) if target is not None}
+    found: dict[str, Any] = {}
+    looking = [targets[row] for row in rows.values()]
+    while looking:  # the chains upwards, a generation at a time
+        new = existing(connection, outcomes, "id", looking, [outcomes.c.id, outcomes.c.decision_id, outcomes.c.corrects])
+        found |= {row.id: row for row in new}
+        looking = [row.corrects for row in new if row.corrects is not None and row.corrects not in found]
+    for key, row in rows.items():
+        at = held.position(row)
+        target = found.get(targets[row])
+        if target is not None and target.decision_id != held.columns["decision_id"][row]:
+            raise InputError(f"row {at}, column corrects: {targets[row]!r:.60} is an outcome of another decision", at, "corrects")
+        seen, step = {key}, targets[row]
+        while step is not None and step not in seen:
+            seen.add(step)
+            step = found[step].corrects if step in found else None
+        if step is not None: raise InputError(f"row {at}, column corrects: {key!r:.60} would correct itself by way of {targets[row]!r:.60}", at, "corrects")
+
+# %% ../../nbs/store/decisions.ipynb #357c40c5
+WAIT_SECONDS = 600.0  # how long SQLite waits for another process that writes
+ATTEMPTS = 10         # of a transaction that PostgreSQL ended because of a deadlock
+T = TypeVar("T")
+
+def _deadlocked(error: BaseException) -> bool:
+    return getattr(getattr(error, "orig", error), "sqlstate", None) in ("40P01", "40001")
 
 class DecisionLog:
     "Decisions, outcomes and exposures in a database."
 
     def __init__(self,
-        url: str,       # 'sqlite:///path/to/file.db' or 'postgresql+psycopg://...'
+        url: str,       # 'sqlite:///path/to/file.db' or 'postgresql://user@host/database'
         secret: bytes,  # of the pseudonyms
         *,
         attribution_days: float = 14.0,       # days on our clock after a decision in which its outcome counts
         clock_skew_seconds: float = 1_200.0,  # how far two clocks may differ
+        wait_seconds: float = WAIT_SECONDS,   # how long SQLite waits for another process that writes
     ) -> None:
-        self.database = engine(url, busy_seconds=WAIT_SECONDS)
+        self.database = engine(url, busy_seconds=wait_seconds)
         self.secret, self.attribution_days, self.clock_skew_seconds = secret, attribution_days, clock_skew_seconds
-        self._skew = round(clock_skew_seconds * 1e6)
-        create_tables(self.database, decisions.metadata)
+        self._is_ready = False
 
     @classmethod
     def open(cls,
         where: "Settings | str | Path | None" = None,  # settings or folder of a workspace; by default it is looked for
+        *,
+        wait_seconds: float = WAIT_SECONDS,            # how long SQLite waits for another process that writes
     ) -> "DecisionLog":
-        "Open the log of a workspace; an embedded database is made or brought up to date."
+        "Open the log of a workspace; an embedded database is made or brought up to date when it is first used."
         found = where if isinstance(where, Settings) else settings(where)
-        return cls(found.database_url, user_secret(found))
+        return cls(found.database_url, user_secret(found), attribution_days=found.store.attribution_days,
+                   clock_skew_seconds=found.store.clock_skew_seconds, wait_seconds=wait_seconds)
+
+    # ------------------------------------------------------------------------------------------------- writing
 
     def record(self,
         decision: Decision | Mapping[str, Any],
@@ -210,9 +300,10 @@ class DecisionLog:
 
     def record_outcome(self,
         outcome: Outcome | Mapping[str, Any],
+        strict: bool = False,  # an outcome whose decision the log does not know is an error
     ) -> Written:
         "Write one outcome."
-        return self.record_outcomes([outcome])
+        return self.record_outcomes([outcome], strict)
 
     def record_outcomes(self,
         frame: Any,            # frame, dictionary of columns, or list of records
@@ -229,58 +320,120 @@ class DecisionLog:
         held = batch(frame, EXPOSURE_COLUMNS, self.secret)
         return self._write(lambda connection: self._exposures(connection, held))
 
-    # ------------------------------------------------------------------------------------------------- writing
+    def write_rows(self,
+        kind: str,              # decision, outcome or exposure
+        rows: Sequence[tuple],  # values in the order of the table
+    ) -> Written:
+        "Write rows as a buffer holds them, all or none."
+        kinds: dict[str, tuple[Mapping[str, Any], Callable[[Any], Written]]] = {
+            "decision": (DECISION_COLUMNS, self.record_frame), "outcome": (OUTCOME_COLUMNS, self.record_outcomes), "exposure": (EXPOSURE_COLUMNS, self.expose)}
+        if kind not in kinds: raise InputError(f"kind is {kind!r}: it must be {', '.join(kinds)}")
+        columns, write = kinds[kind]
+        for row, values in enumerate(rows):
+            if len(values) != len(columns): raise InputError(f"row {row} has {len(values)} values: a {kind} has {len(columns)}", row)
+        made = dict(zip(columns, map(list, zip(*rows)))) if rows else {name: [] for name in columns}
+        return write({name: values for name, values in made.items() if columns[name].required or any(value is not None for value in values)})
 
-    def _write(self, work: Callable[[Connection], T]) -> T:
-        with writing(self.database) as connection: return work(connection)
+    def erase(self,
+        *,
+        user: str | int | None = None,  # raw id of a person
+        user_key: str | None = None,    # or the pseudonym
+    ) -> ErasedRows:
+        "Delete all rows of a person and remember, without the pseudonym, to drop what still comes: the one way out of the log."
+        key = self._key(user, user_key)
+        erased = self._write(lambda connection: self._erase(connection, key), exclusive=True)
+        if self.database.dialect.name == "sqlite":
+            with self.database.connect() as connection:  # pages that were overwritten must not live on in a write-ahead log
+                connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[union-attr]
+        return erased
 
-    def _received(self, connection: Connection, held: Batch, name: str) -> Batch:
-        "Return the batch with the time at which its rows reached the log."
-        now = _micros_of(dt.datetime.now(dt.UTC))
-        if name not in held.columns: return dataclasses.replace(held, columns=held.columns | {name: np.full(held.rows, now, np.int64)})
-        _late(held, name, now + self._skew, "lies in the future; it is our own clock and cannot be ahead")
-        return held
+    def _ready(self) -> None:
+        "Before the first use: the schema is there, and the secret is the one that the log was begun with."
+        if self._is_ready: return
+        ensure(self.database)
+        mine = fingerprint(self.secret)
+        with reading(self.database) as connection: kept = connection.scalar(sa.select(facts.c.value).where(facts.c.name == "user_secret"))
+        if kept is None:
+            with writing(self.database, alone="user secret") as connection:
+                kept = connection.scalar(sa.select(facts.c.value).where(facts.c.name == "user_secret"))
+                if kept is None: connection.execute(facts.insert().values(name="user_secret", value=mine))
+        if kept not in (None, mine):
+            raise SettingsError("the secret of the pseudonyms is not the one that this log was begun with: nobody would be known again; restore CALLING_AI_USER_SECRET or var/user.secret")
+        self._is_ready = True
+
+    def _write(self, work: Callable[[Connection], T], exclusive: bool = False) -> T:
+        "Run `work` in a transaction; erasing excludes all other writers, who share."
+        self._ready()
+        lock = sa.func.pg_advisory_xact_lock if exclusive else sa.func.pg_advisory_xact_lock_shared
+        for attempt in range(ATTEMPTS):
+            try:
+                with writing(self.database) as connection:
+                    if connection.dialect.name == "postgresql": connection.execute(sa.select(lock(sa.func.hashtext("forget"))))
+                    return work(connection)
+            except Exception as error:
+                if not _deadlocked(error) or attempt == ATTEMPTS - 1: raise
+                time.sleep(random.random() * 0.05 * 2**attempt)
+        raise AssertionError("unreachable")
 
     def _decisions(self, connection: Connection, held: Batch) -> Written:
-        given, held = held.rows, self._received(connection, held, "recorded_at")
-        _late(held, "decided_at", held.columns["recorded_at"] + self._skew, f"is more than {self.clock_skew_seconds:g} seconds after it was recorded; a decision cannot come from the future")
-        held, gone = self._without_forgotten(connection, held)
+        given, held = held.rows, received(held, "recorded_at", database_time(connection), self.clock_skew_seconds)
+        _not_beyond(held, "decided_at", held.columns["recorded_at"] + round(self.clock_skew_seconds * 1e6),
+                    f"is more than {self.clock_skew_seconds:g} seconds after it was recorded; a decision cannot come from the future")
+        gone = self._of_forgotten(connection, held)
+        if gone.any():
+            self._drop_decisions(connection, held.take(gone).cells("id", slice(None)))
+            held = held.take(~gone)
         written = insert(connection, decisions, held, ["id"], _DECISION_CONTENT)
-        return Written(given, written, held.rows - written, gone)
+        return Written(given, written, held.rows - written, int(gone.sum()))
 
     def _outcomes(self, connection: Connection, held: Batch, strict: bool) -> Written:
-        given, held = held.rows, self._received(connection, held, "received_at")
-        _late(held, "happened_at", held.columns["received_at"] + self._skew, f"is more than {self.clock_skew_seconds:g} seconds after it was received; an outcome cannot come from the future")
+        given, held = held.rows, received(held, "received_at", database_time(connection), self.clock_skew_seconds)
+        _not_beyond(held, "happened_at", held.columns["received_at"] + round(self.clock_skew_seconds * 1e6),
+                    f"is more than {self.clock_skew_seconds:g} seconds after it was received; an outcome cannot come from the future")
+        if connection.scalar(sa.select(sa.exists().where(forgotten_decisions.c.decision_id.is_not(None)))):
+            dropped = {row[0] for row in existing(connection, forgotten_decisions, "decision_id", held.columns["decision_id"], [forgotten_decisions.c.decision_id])}
+            held = held.take(np.array([item not in dropped for item in held.columns["decision_id"]], dtype=bool))
+        if connection.dialect.name == "postgresql" and "corrects" in held.columns and any(held.cells("corrects", slice(None))):
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext("corrections"))))  # two at once could close a circle
         written = insert(connection, outcomes, held, ["id"], _OUTCOME_CONTENT)
-        self._check_order(connection, held, strict)
-        return Written(given, written, held.rows - written)
-
-    def _check_order(self, connection: Connection, held: Batch, strict: bool) -> None:
-        "Raise an error if an outcome happened before its decision, or if its decision must be known and is not."
-        ids = held.columns["decision_id"]
-        known = {row.id: _micros_of(row.decided_at) for row in existing(connection, decisions, "id", ids, ["id", "decided_at"])}
-        for row, (identifier, happened) in enumerate(zip(ids, held.columns["happened_at"].tolist())):
-            decided = known.get(identifier)
-            if decided is None:
-                if strict: raise InputError(f"row {row}, column decision_id: {identifier} is a decision that the log does not know", row, "decision_id")
-            elif happened < decided - self._skew:
-                raise InputError(f"row {row}, column happened_at: the outcome happened {(decided - happened) / 1e6:,.0f} seconds before its decision; "
-                                 f"clocks may differ by {self.clock_skew_seconds:g}", row, "happened_at")
+        check_outcomes_follow(connection, held, self.clock_skew_seconds, strict)
+        check_corrections(connection, held)
+        return Written(given, written, held.rows - written, given - held.rows)
 
     def _exposures(self, connection: Connection, held: Batch) -> Written:
-        given = held.rows
-        _late(held, "exposed_at", _micros_of(dt.datetime.now(dt.UTC)) + self._skew, "lies in the future")
-        held, gone = self._without_forgotten(connection, held)
-        written = insert(connection, exposures, held, ["experiment", "stage", "user_key"], ["arm"])
-        return Written(given, written, held.rows - written, gone)
+        _not_beyond(held, "exposed_at", _micros_of(database_time(connection)) + round(self.clock_skew_seconds * 1e6), "lies in the future")
+        gone = self._of_forgotten(connection, held)
+        kept = held.take(~gone) if gone.any() else held
+        written = insert(connection, exposures, kept, ["experiment", "stage", "user_key"], ["arm"])
+        return Written(held.rows, written, kept.rows - written, int(gone.sum()))
 
-    def _without_forgotten(self, connection: Connection, held: Batch) -> tuple[Batch, int]:
-        "Return the batch without the rows of people who asked to be forgotten, and how many those are."
+    def _of_forgotten(self, connection: Connection, held: Batch) -> np.ndarray:
+        "Say which rows are of people who asked to be forgotten."
         tombstones = set(connection.scalars(sa.select(forgotten.c.user_key)))
-        if not tombstones or not held.rows: return held, 0
+        if not tombstones or not held.rows: return np.zeros(held.rows, bool)
         keys = held.columns["user_key"]
-        gone = np.array([word is not None and tombstone(word) in tombstones for word in keys.words])[keys.codes]
-        return (held, 0) if not gone.any() else (held.take(~gone), int(gone.sum()))
+        return np.array([tombstone(word) in tombstones for word in keys.words])[keys.codes]
+
+    def _drop_decisions(self, connection: Connection, ids: Sequence[str]) -> None:
+        "Remember decisions of a forgotten person by their identifiers only, and delete outcomes that waited for them."
+        known = {row[0] for row in existing(connection, forgotten_decisions, "decision_id", ids, [forgotten_decisions.c.decision_id])}
+        new = [{"decision_id": item} for item in dict.fromkeys(ids) if item not in known]
+        if not new: return
+        connection.execute(forgotten_decisions.insert(), new)
+        connection.execute(outcomes.delete().where(outcomes.c.decision_id == sa.bindparam("gone")), [{"gone": item["decision_id"]} for item in new])
+
+    def _erase(self, connection: Connection, key: str) -> ErasedRows:
+        connection.execute(erasing.insert().values(user_key=key))
+        ids = connection.scalars(sa.select(decisions.c.id).where(decisions.c.user_key == key)).all()
+        theirs = sa.select(decisions.c.id).where(decisions.c.user_key == key)
+        there = connection.scalar(sa.select(sa.func.count()).select_from(outcomes).where(outcomes.c.decision_id.in_(theirs))) or 0
+        self._drop_decisions(connection, ids)
+        shown = connection.execute(exposures.delete().where(exposures.c.user_key == key)).rowcount
+        connection.execute(decisions.delete().where(decisions.c.user_key == key))
+        if connection.scalar(sa.select(forgotten.c.user_key).where(forgotten.c.user_key == tombstone(key))) is None:
+            connection.execute(forgotten.insert().values(user_key=tombstone(key), forgotten_at=database_time(connection)))
+        connection.execute(erasing.delete())
+        return ErasedRows(len(ids), there, shown, tuple(str(item) for item in ids))
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -293,16 +446,17 @@ class DecisionLog:
         columns: Sequence[str] | None = None,  # by default all
     ) -> "pd.DataFrame":
         "Read decisions, in order of time."
-        chosen = [decisions.c[name] for name in columns or DECISION_COLUMNS]
-        return self._frame(self._chosen(sa.select(*chosen), since, until, user, user_key).order_by(decisions.c.decided_at, decisions.c.id))
+        chosen = sa.select(*self._columns(columns))
+        return self._frame(self._chosen(chosen, since, until, user, user_key).order_by(decisions.c.decided_at, decisions.c.id))
 
     def decision(self,
         id: str,  # of the decision
     ) -> Decision:
         "Read one decision."
+        self._ready()
         with reading(self.database) as connection:
-            row = connection.execute(sa.select(decisions).where(decisions.c.id == str(id))).mappings().one_or_none()
-        if row is None: raise NotFoundError(f"decision {id!r:.60} is not in the log")
+            row = connection.execute(sa.select(decisions).where(decisions.c.id == check_text(str(id), "id"))).mappings().one_or_none()
+        if row is None: raise NotFoundError(f"decision {id!s:.60} is not in the log")
         return Decision(**row)
 
     def outcomes(self,
@@ -320,34 +474,67 @@ class DecisionLog:
             chosen = chosen.join(decisions, decisions.c.id == outcomes.c.decision_id).where(decisions.c.user_key == self._key(user, user_key))
         return self._frame(chosen.order_by(outcomes.c.received_at, outcomes.c.id))
 
+    def exposed(self,
+        experiment: str,           # its name
+        stage: str | None = None,  # by default all stages
+    ) -> "pd.DataFrame":
+        "Read who met which arm of an experiment."
+        chosen = sa.select(exposures).where(exposures.c.experiment == experiment)
+        if stage is not None: chosen = chosen.where(exposures.c.stage == stage)
+        return self._frame(chosen.order_by(exposures.c.stage, exposures.c.exposed_at, exposures.c.user_key))
+
     def current_outcomes(self,
         as_of: dt.datetime | None = None,  # only what was received before
     ) -> "pd.DataFrame":
         "Read the outcome that counts for each decision, within the attribution window."
-        found = attributed(self.attribution_days, self.clock_skew_seconds, as_of).subquery()
+        found = self.attributed(as_of).subquery()
         return self._frame(sa.select(found).order_by(found.c.decision_id))
+
+    def attributed(self,
+        as_of: dt.datetime | None = None,  # only what was received before
+    ) -> sa.Select:
+        "Return the query for the outcome that counts for each decision, with the window and the skew of this log."
+        return attributed(self.attribution_days, self.clock_skew_seconds, as_of)
 
     def joined(self,
         since: dt.datetime | None = None,      # decided at or after
         until: dt.datetime | None = None,      # decided before
         *,
-        as_of: dt.datetime | None = None,      # by default everything received so far
+        as_of: dt.datetime | None = None,      # by default now: everything received so far
         user: str | int | None = None,         # raw id of a person
         user_key: str | None = None,           # or the pseudonym
         columns: Sequence[str] | None = None,  # of the decisions; by default all
     ) -> "pd.DataFrame":
-        "Read decisions with the outcome that counts, and whether that can still change (`settled`)."
-        found = attributed(self.attribution_days, self.clock_skew_seconds, as_of).subquery()
+        "Read decisions with the outcome that counts, how long it took, and whether that is settled: its window has closed."
+        found = self.attributed(as_of).subquery()
         moment = _micros_of(as_of or dt.datetime.now(dt.UTC))
         settled = (micros(decisions.c.decided_at) + round(self.attribution_days * 86_400e6) <= moment).label("settled")
-        chosen = sa.select(*(decisions.c[name] for name in columns or DECISION_COLUMNS), found.c.id.label("outcome_id"),
-                           *(found.c[name] for name in ("outcome_type", "outcome_score", "action", "happened_at", "received_at")), settled)
+        took = (micros(found.c.happened_at) - micros(decisions.c.decided_at)).label("delay_seconds")
+        chosen = sa.select(*self._columns(columns), found.c.id.label("outcome_id"), *(found.c[name] for name in ("outcome_type", "outcome_score", "action", "happened_at", "received_at")),
+                           sa.cast(sa.case((took < 0, 0), else_=took), sa.Double).label("delay_seconds"), settled)
         chosen = chosen.select_from(decisions.outerjoin(found, found.c.decision_id == decisions.c.id))
-        return self._frame(self._chosen(chosen, since, until, user, user_key).order_by(decisions.c.decided_at, decisions.c.id))
+        frame = self._frame(self._chosen(chosen, since, until, user, user_key).order_by(decisions.c.decided_at, decisions.c.id))
+        frame["delay_seconds"] /= 1e6
+        return frame
+
+    def counts(self) -> LogCounts:
+        "Count what is in the log, and what is odd about it."
+        self._ready()
+        def number(table: Any, *where: Any) -> Any: return sa.select(sa.func.count()).select_from(table).where(*where).scalar_subquery()
+        of = outcomes.outerjoin(decisions, decisions.c.id == outcomes.c.decision_id)
+        early = micros(outcomes.c.happened_at) < micros(decisions.c.decided_at) - round(self.clock_skew_seconds * 1e6)
+        with reading(self.database) as connection:
+            return LogCounts(*connection.execute(sa.select(
+                number(decisions), number(outcomes), number(exposures), number(of, decisions.c.id.is_(None)), number(of, early), number(forgotten))).one())
+
+    def _columns(self, columns: Sequence[str] | None) -> list[Any]:
+        unknown = [name for name in columns or () if name not in DECISION_COLUMNS]
+        if unknown: raise InputError(f"columns name {unknown[0]!r:.60}: a decision has no such column", column=unknown[0])
+        return [decisions.c[name] for name in columns or DECISION_COLUMNS]
 
     def _key(self, user: str | int | None, user_key: str | None) -> str:
-        if user is not None and user_key is not None: raise InputError("user and user_key are both given: give one of them")
-        return user_key if user_key is not None else pseudonym(user, self.secret)  # type: ignore[arg-type]
+        if (user is None) == (user_key is None): raise InputError("user and user_key: give one of them, the raw id or the pseudonym")
+        return check_text(user_key, "user_key") if user is None else pseudonym(user, self.secret)
 
     def _chosen(self, chosen: sa.Select, since: dt.datetime | None, until: dt.datetime | None, user: str | int | None, user_key: str | None) -> sa.Select:
         if since is not None: chosen = chosen.where(decisions.c.decided_at >= since)
@@ -356,11 +543,12 @@ class DecisionLog:
         return chosen
 
     def _frame(self, query: sa.Select) -> "pd.DataFrame":
+        "Run a query and return a frame: times in UTC, missing numbers as NaN, missing texts as missing."
         import pandas as pd
-        with reading(self.database) as connection: rows = connection.execute(query).all()
-        frame = pd.DataFrame(rows, columns=list(query.selected_columns.keys()))
+        self._ready()
+        columns: dict[str, Any] = dict(read_columns(self.database, query))
         for column in query.selected_columns:
-            if isinstance(column.type, Moment): frame[column.name] = pd.to_datetime(frame[column.name], utc=True).dt.as_unit("us")
-            elif isinstance(column.type, sa.Double): frame[column.name] = frame[column.name].astype(float)
-            elif isinstance(column.type, sa.Boolean): frame[column.name] = frame[column.name].astype(bool)
-        return frame
+            if isinstance(column.type, Moment):
+                held = columns[str(column.key)]
+                columns[str(column.key)] = pd.DatetimeIndex(np.where(held == np.iinfo(np.int64).min, np.datetime64("NaT", "us"), held.astype("datetime64[us]"))).tz_localize("UTC")
+        return pd.DataFrame(columns)

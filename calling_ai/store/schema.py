@@ -10,8 +10,8 @@ life by migrations (`store.migrations`), not from here."""
 
 # %% auto #0
 __all__ = ['KINDS', 'TERMS', 'DECISION_COLUMNS', 'OUTCOME_TYPES', 'OUTCOME_COLUMNS', 'EXPOSURE_COLUMNS', 'SCHEMA_VERSION',
-           'decisions', 'outcomes', 'exposures', 'forgotten', 'forgotten_decisions', 'facts', 'current_outcomes',
-           'Column', 'by_name', 'attributed']
+           'decisions', 'outcomes', 'exposures', 'forgotten', 'forgotten_decisions', 'erasing', 'facts',
+           'current_outcomes', 'Column', 'by_name', 'attributed']
 
 # %% ../../nbs/store/schema.ipynb #f39b007f
 import datetime as dt
@@ -116,7 +116,7 @@ EXPOSURE_COLUMNS: Mapping[str, Column] = by_name(
     Column("decision_id", "id", "decision at which that was"),
     Column("share", "number", "probability of that arm"))
 
-# %% ../../nbs/store/schema.ipynb #b6d09d60
+# %% ../../nbs/store/schema.ipynb #363e6b97
 SCHEMA_VERSION = "0002"  # the migration that makes these tables
 
 _TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
@@ -136,6 +136,7 @@ outcomes = _table("outcomes", OUTCOME_COLUMNS, ("id",), sa.Index("ix_outcomes_de
 exposures = _table("exposures", EXPOSURE_COLUMNS, ("experiment", "stage", "user_key"), sa.Index("ix_exposures_user_key", "user_key"))
 forgotten = sa.Table("forgotten", metadata, sa.Column("user_key", _TEXT, primary_key=True), sa.Column("forgotten_at", Moment, nullable=False))
 forgotten_decisions = sa.Table("forgotten_decisions", metadata, sa.Column("decision_id", Identifier, primary_key=True))
+erasing = sa.Table("erasing", metadata, sa.Column("user_key", _TEXT, primary_key=True))
 facts = sa.Table("facts", metadata, sa.Column("name", _TEXT, primary_key=True), sa.Column("value", _TEXT, nullable=False))
 
 current_outcomes = sa.table("current_outcomes", *(sa.column(item.name, outcomes.c[item.name].type) for item in OUTCOME_COLUMNS.values()))
