@@ -12,8 +12,8 @@ width: at a planned end a group sequential design decides with less. It refuses 
 # %% auto #0
 __all__ = ['ALTERNATIVES', 'BURN_IN', 'HALF_LIFE', 'SHRINKAGE', 'mixture_rho', 'mixture_log_evalue', 'mixture_boundary',
            'sprt_log_ratio', 'beta_binomial_log_evalue', 'gamma_exponential_log_evalue', 'evalue_boundary',
-           'bernoulli_sequence', 'Anytime', 'confidence_sequence', 'kish_size', 'ready', 'Bet', 'Blocks',
-           'compare_proportions', 'Betting', 'betting_sequence', 'Watch']
+           'bernoulli_sequence', 'Anytime', 'confidence_sequence', 'sequence_reach', 'kish_size', 'ready', 'Bet',
+           'Blocks', 'compare_proportions', 'Betting', 'betting_sequence', 'Watch']
 
 # %% ../../nbs/experiments/anytime.ipynb #d8df560e
 import math
@@ -146,7 +146,7 @@ def bernoulli_sequence(
     upper = 1.0 if successes == trials else float(_solve(excess, np.full(1, seen), np.full(1, 1 - edge), 60)[0])
     return Estimate(seen, lower, upper, confidence)
 
-# %% ../../nbs/experiments/anytime.ipynb #5288c4ab
+# %% ../../nbs/experiments/anytime.ipynb #8ca82a8a
 @dataclass(frozen=True)
 class Anytime(Record):
     "An effect with an interval, a p-value and an e-value that hold at all times together."
@@ -182,25 +182,31 @@ def confidence_sequence(
     sign = -1.0 if alternative == "less" else 1.0
     z = sign * (effect - margin) / error
     log_evalue = float(mixture_log_evalue(z * math.sqrt(users), users, rho, one_sided))
-    half = error * _reach(users, rho, alpha, one_sided)
+    half = error * float(sequence_reach(users, rho, alpha, one_sided))
     pvalue = _one_sided_pvalue(z, users, rho) if one_sided else min(1.0, math.exp(-log_evalue))
     low, high = (effect - half if sign > 0 else -math.inf), (effect + half if sign < 0 or not one_sided else math.inf)
     return Anytime(Estimate(float(effect), float(low), float(high), confidence), pvalue, log_evalue, alternative, margin, "asymptotic")
 
-def _reach(users: float, rho: float, alpha: float, one_sided: bool) -> float:
-    "Return how many standard errors the sequence reaches."
-    stretch = (users + rho) / rho
-    inside = 2 * math.log1p(math.sqrt(stretch) / (2 * alpha)) if one_sided else math.log(stretch) - 2 * math.log(alpha)
-    return math.sqrt((users + rho) / users * inside)
+def sequence_reach(
+    users: float | np.ndarray,  # users in both arms
+    rho: float,                 # mixing parameter in users
+    alpha: float = 0.05,        # level
+    one_sided: bool = False,    # bounded on one side only
+) -> np.ndarray:
+    "Return how many standard errors the asymptotic sequence reaches from the estimate."
+    n = np.asarray(users, dtype=float)
+    stretch = (n + rho) / rho
+    inside = 2 * np.log1p(np.sqrt(stretch) / (2 * alpha)) if one_sided else np.log(stretch) - 2 * math.log(alpha)
+    with np.errstate(divide="ignore"): return np.sqrt((n + rho) / n * inside)
 
 def _one_sided_pvalue(z: float, users: float, rho: float) -> float:
     "Return the smallest level, up to twelve halvings, at which the one-sided sequence excludes the margin."
     low, high = 1e-5, 0.4999
-    if z <= _reach(users, rho, high, True): return 1.0
-    if z > _reach(users, rho, low, True): return low
+    if z <= sequence_reach(users, rho, high, True): return 1.0
+    if z > sequence_reach(users, rho, low, True): return low
     for _ in range(12):
         middle = (low + high) / 2
-        low, high = (low, middle) if z > _reach(users, rho, middle, True) else (middle, high)
+        low, high = (low, middle) if z > sequence_reach(users, rho, middle, True) else (middle, high)
     return high
 
 # %% ../../nbs/experiments/anytime.ipynb #892db918
@@ -226,7 +232,7 @@ def ready(
     if burn_in: return min(counts) >= burn_in and min(variances) > 0
     return bool(min(kish_size(n, m, v) for n, m, v in zip(counts, means, variances, strict=True)) >= BURN_IN and min(variances) > 0)
 
-# %% ../../nbs/experiments/anytime.ipynb #2fe1a43d
+# %% ../../nbs/experiments/anytime.ipynb #343f4403
 HALF_LIFE = 5_000   # users after which half of the level is forgotten
 SHRINKAGE = 4.0     # weight of "no effect" in the guess: as if log odds ratios spread with a standard deviation of 0.5
 
@@ -256,22 +262,29 @@ class Bet:
     ) -> "Bet":
         "Bet on one block, then learn from it."
         yc, nc, yt, nt = (np.asarray(value, dtype=float) for value in (control, control_count, treatment, treatment_count))
-        n = nc + nt
-        part = np.asarray(nt / np.maximum(n, 1) if share is None else share, dtype=float)
-        guess_control, guess_treatment = self.guess(part)
-        null_control, null_treatment = _nearest(guess_control, guess_treatment, part, self.shift, self.ratio)
-        def gain(yes: np.ndarray, count: np.ndarray, guess: np.ndarray, null: np.ndarray) -> np.ndarray:
-            return yes * np.log(guess / null) + (count - yes) * np.log((1 - guess) / (1 - null))
-        betting = (guess_treatment > self.shift + self.ratio * guess_control) & (part > 0) & (part < 1)
-        won = gain(yc, nc, guess_control, null_control) + gain(yt, nt, guess_treatment, null_treatment)
-        self.log_evalue = self.log_evalue + np.where(betting, won, 0.0)
+        part = np.asarray(nt / np.maximum(nc + nt, 1) if share is None else share, dtype=float)
+        self.log_evalue = self.log_evalue + _won((yc, nc, yt, nt), part, self.guess(part), self.shift, self.ratio)
         self.highest = np.maximum(self.highest, self.log_evalue)
-        level = (self.yes + 0.5) / (self.users + 1)
+        self._learn((yc, nc, yt, nt), part)
+        return self
+
+    def _learn(self, block: tuple[np.ndarray, ...], part: np.ndarray) -> None:
+        "Take a block into the next guess."
+        yc, nc, yt, nt = block
+        n, level = nc + nt, (self.yes + 0.5) / (self.users + 1)
         self.score = self.score + (1 - part) * (yt - nt * level) - part * (yc - nc * level)
         self.information = self.information + part * (1 - part) * n * level * (1 - level)
         kept = 0.5 ** (n / HALF_LIFE)
         self.yes, self.users = kept * self.yes + yc + yt, kept * self.users + n
-        return self
+
+def _won(block: tuple[np.ndarray, ...], part: np.ndarray, guess: tuple[np.ndarray, np.ndarray], shift: np.ndarray, ratio: np.ndarray) -> np.ndarray:
+    "Return the logarithm of what a bet multiplies its stake by; 0 where the guess lies on the side of the hypothesis."
+    (yc, nc, yt, nt), (control, treatment) = block, guess
+    null_control, null_treatment = _nearest(control, treatment, part, shift, ratio)
+    def gain(yes: np.ndarray, count: np.ndarray, share: np.ndarray, null: np.ndarray) -> np.ndarray:
+        return yes * np.log(share / null) + (count - yes) * np.log((1 - share) / (1 - null))
+    betting = (treatment > shift + ratio * control) & (part > 0) & (part < 1)
+    return np.where(betting, gain(yc, nc, control, null_control) + gain(yt, nt, treatment, null_treatment), 0.0)
 
 def _nearest(control: np.ndarray, treatment: np.ndarray, share: np.ndarray, shift: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Return the point with treatment = shift + ratio x control that is nearest in the mean distance of Kullback and Leibler."
@@ -286,10 +299,10 @@ def _nearest(control: np.ndarray, treatment: np.ndarray, share: np.ndarray, shif
     p = _solve(slope, *np.broadcast_arrays(low, high, slope(low))[:2], steps=45)
     return p, shift + ratio * p
 
-# %% ../../nbs/experiments/anytime.ipynb #84cd8119
+# %% ../../nbs/experiments/anytime.ipynb #f8418a81
 @dataclass(frozen=True)
 class Blocks(Record):
-    "Successes and users of two arms, block by block in the order of time."
+    "Successes (or sums of values in [0, 1]) and users of two arms, block by block in the order of time."
     control: np.ndarray = explained("successes of the control")
     control_count: np.ndarray = explained("users of the control")
     treatment: np.ndarray = explained("successes of the treatment")
@@ -309,15 +322,21 @@ class Blocks(Record):
         "Return the blocks with the arms the other way round."
         return Blocks(self.treatment, self.treatment_count, self.control, self.control_count)
 
-    def bet(self,
-        shift: float | np.ndarray = 0.0,  # the hypothesis: treatment <= shift + ratio x control
+    def log_evalues(self,
+        shift: float | np.ndarray = 0.0,  # m hypotheses: treatment <= shift + ratio x control
         ratio: float | np.ndarray = 1.0,  # see shift
-        share: float | None = None,       # probability of treatment; nothing: each block's sizes tell
-    ) -> Bet:
-        "Return the bet after all blocks."
-        bet = Bet(shift, ratio)
-        for at in range(len(self.control)): bet.update(self.control[at], self.control_count[at], self.treatment[at], self.treatment_count[at], share)
-        return bet
+        share: float | np.ndarray | None = None,  # probability of treatment, one or per block; nothing: each block's sizes tell
+    ) -> np.ndarray:  # blocks x m
+        "Return the logarithms of the e-values after each block, as a running `Bet` would give them."
+        block = (self.control, self.control_count, self.treatment, self.treatment_count)
+        part = self.treatment_count / np.maximum(self.control_count + self.treatment_count, 1) if share is None else np.broadcast_to(np.asarray(share, dtype=float), self.control.shape)
+        learner, guesses = Bet(), np.zeros((2, len(part)))
+        for at in range(len(part)):  # the guesses do not depend on the hypothesis
+            guesses[:, at] = learner.guess(part[at])
+            learner._learn(tuple(array[at] for array in block), part[at])
+        def tall(array: np.ndarray) -> np.ndarray: return array[:, None]
+        won = _won(tuple(map(tall, block)), tall(part), (tall(guesses[0]), tall(guesses[1])), np.atleast_1d(np.asarray(shift, dtype=float)), np.atleast_1d(np.asarray(ratio, dtype=float)))
+        return np.cumsum(won, axis=0)
 
 def compare_proportions(
     blocks: Blocks,             # successes and users, block by block
@@ -325,31 +344,29 @@ def compare_proportions(
     alternative: str = "two-sided",  # two-sided, greater or less
     margin: float = 0.0,        # the effect that is tested against
     relative: bool = False,     # treatment / control - 1 instead of treatment - control
-    share: float | None = None, # probability of treatment; nothing: each block's sizes tell
+    share: float | np.ndarray | None = None,  # probability of treatment, one or per block; nothing: each block's sizes tell
 ) -> Anytime:
-    "Return the exact confidence sequence for the difference or the ratio of two proportions."
+    "Return the exact confidence sequence for the difference or the ratio of two proportions, or of two means in [0, 1]."
     if alternative not in ALTERNATIVES: raise InputError(f"alternative is {alternative!r}: it must be one of {', '.join(ALTERNATIVES)}")
     if relative and margin <= -1: raise InputError(f"margin is {margin}: a relative margin is above -1")
     alpha = _level(1 - Estimate(0, 0, 0, confidence).confidence)
-    def side(up: bool, at: np.ndarray) -> Bet:  # evidence that the effect is above `at`, or below it
+    def side(up: bool, at: np.ndarray) -> np.ndarray:  # evidence that the effect is above `at`, or below it, block by block
         ratio, shift = (1 + at, np.zeros_like(at)) if relative else (np.ones_like(at), at)
-        table, part = (blocks, share) if up else (blocks.swapped(), None if share is None else 1 - share)
-        return table.bet(shift, ratio, part) if up else table.bet(-shift, 1 / ratio, part)
+        return blocks.log_evalues(shift, ratio, share) if up else blocks.swapped().log_evalues(-shift / ratio, 1 / ratio, None if share is None else 1 - share)
     sides = {"two-sided": (True, False), "greater": (True,), "less": (False,)}[alternative]
-    level, ends = math.log(len(sides) / alpha), [-1.0 if relative else -1.0, math.inf if relative else 1.0]
+    level, ends = math.log(len(sides) / alpha), [-1.0, math.inf if relative else 1.0]
     grid = np.expm1(np.linspace(-9, 6, 61)) if relative else np.r_[-np.geomspace(1, 1e-5, 50), 0.0, np.geomspace(1e-5, 1, 50)] * (1 - 1e-6)
     for up in sides:
-        low, high = float(grid[0]), float(grid[-1])
-        for _ in range(4):  # the refuted effects lie at one end
-            at = grid if low == grid[0] and high == grid[-1] else np.linspace(low, high, 41)
-            refuted = np.flatnonzero(side(up, at).highest >= level)
+        at = grid
+        for _ in range(4):  # the refuted effects lie at one end; look closer around the last of them
+            refuted = np.flatnonzero(side(up, at).max(axis=0) >= level)
             if not len(refuted): break
             edge = int(refuted.max()) if up else int(refuted.min())
             ends[0 if up else 1] = float(at[edge])
-            low, high = (float(at[edge]), float(at[min(edge + 1, len(at) - 1)])) if up else (float(at[max(edge - 1, 0)]), float(at[edge]))
-    bets = [side(up, np.array([float(margin)])) for up in sides]
-    pvalue = min(1.0, len(sides) * math.exp(-max(float(bet.highest[0]) for bet in bets)))
-    evidence = float(np.logaddexp.reduce([bet.log_evalue[0] for bet in bets]) - math.log(len(bets)))
+            at = np.linspace(at[edge], at[min(edge + 1, len(at) - 1)], 41) if up else np.linspace(at[max(edge - 1, 0)], at[edge], 41)
+    bets = [side(up, np.array([float(margin)]))[:, 0] for up in sides]
+    pvalue = min(1.0, len(sides) * math.exp(-max(0.0, *(float(bet.max()) for bet in bets))))
+    evidence = float(np.logaddexp.reduce([bet[-1] for bet in bets]) - math.log(len(bets)))
     value = _stratified(blocks, relative)
     lower, upper = (ends[0] if True in sides else -math.inf), (ends[1] if False in sides else math.inf)
     return Anytime(Estimate(min(max(value, lower), upper), lower, upper, confidence), pvalue, evidence, alternative, margin, "exact")
@@ -421,21 +438,36 @@ def betting_sequence(
     found = Betting(confidence).update((np.asarray(values, dtype=float) - low) / (high - low)).interval()
     return Estimate(*(low + (high - low) * end for end in (found.value, found.lower, found.upper)), confidence)
 
-# %% ../../nbs/experiments/anytime.ipynb #c908ed1a
+# %% ../../nbs/experiments/anytime.ipynb #72190f42
 class Watch:
     "A stratified comparison of two arms that is kept up to date batch by batch."
 
     def __init__(self) -> None:
         self.cells: dict[tuple[Any, str], tuple[float, float, float]] = {}  # count, mean, scatter
-        self.weight = self.score = self.variance = 0.0
+        self.totals = (0.0, 0.0, 0.0, 0.0)  # weight, score, its variance from each arm's own spread, and from both together
         self.sums: dict[str, tuple[float, float, float]] = {"control": (0.0, 0.0, 0.0), "treatment": (0.0, 0.0, 0.0)}
 
-    def _part(self, stratum: Any) -> tuple[float, float, float]:
-        "Return weight, score and its variance of a stratum; zeros where an arm has fewer than two users."
+    def _part(self, stratum: Any) -> tuple[float, float, float, float]:
+        "Return what a stratum adds to the totals; zeros where an arm has fewer than two users."
         (nc, mc, qc), (nt, mt, qt) = (self.cells.get((stratum, arm), (0.0, 0.0, 0.0)) for arm in ("control", "treatment"))
-        if min(nc, nt) < 2: return 0.0, 0.0, 0.0
+        if min(nc, nt) < 2: return 0.0, 0.0, 0.0, 0.0
         weight = nc * nt / (nc + nt)
-        return weight, weight * (mt - mc), weight**2 * (qc / (nc * (nc - 1)) + qt / (nt * (nt - 1)))
+        return weight, weight * (mt - mc), weight**2 * (qc / (nc * (nc - 1)) + qt / (nt * (nt - 1))), weight * (qc + qt) / (nc + nt - 2)
+
+    @property
+    def weight(self) -> float:
+        "Sum of the harmonic weights: a quarter of the effective users."
+        return self.totals[0]
+
+    @property
+    def score(self) -> float:
+        "Sum of the weighted differences."
+        return self.totals[1]
+
+    @property
+    def variance(self) -> float:
+        "Variance of the score: the larger of the two estimates."
+        return max(self.totals[2:])
 
     def update(self,
         stratum: Any,     # day and stage, anything hashable
@@ -452,7 +484,7 @@ class Watch:
         self.cells[stratum, arm] = _joined(self.cells.get((stratum, arm), (0.0, 0.0, 0.0)), (count, mean, scatter))
         self.sums[arm] = _joined(self.sums[arm], (count, mean, scatter))
         new = self._part(stratum)
-        self.weight, self.score, self.variance = (total + after - before for total, before, after in zip((self.weight, self.score, self.variance), old, new, strict=True))
+        self.totals = tuple(total + after - before for total, before, after in zip(self.totals, old, new, strict=True))  # type: ignore[assignment]
         return self
 
     @property

@@ -11,7 +11,8 @@ stands on one recursion, `crossing` (Armitage, McPherson and Rowe 1969). It refu
 
 # %% auto #0
 __all__ = ['ALTERNATIVES', 'Crossing', 'crossing', 'peeking_error', 'exact_boundary', 'Spending', 'spending_boundary',
-           'futility_boundary', 'Design', 'plan', 'Stopped', 'stopped', 'repeated_interval', 'sequential_pvalue']
+           'futility_boundary', 'Design', 'plan', 'Stopped', 'stagewise_tail', 'stopped', 'repeated_interval',
+           'sequential_pvalue']
 
 # %% ../../nbs/experiments/sequential.ipynb #70f47f81
 import math
@@ -330,7 +331,7 @@ def _fixed_drift(side: float, power: float) -> float:
     from scipy.special import ndtri
     return float(ndtri(power) - ndtri(side))
 
-# %% ../../nbs/experiments/sequential.ipynb #66b40bc9
+# %% ../../nbs/experiments/sequential.ipynb #6796ab9b
 @dataclass(frozen=True)
 class Stopped(Record):
     "What an experiment has shown when it stops, adjusted for the looks it had."
@@ -340,14 +341,21 @@ class Stopped(Record):
     effect: Estimate = explained("median-unbiased estimate with its adjusted interval")
     naive: Estimate = explained("what a test with a single look would say: too far from zero after an early stop")
 
-def _extreme(walk_bounds: tuple[np.ndarray, np.ndarray, np.ndarray], z: float, drift: float) -> float:
-    "Return the probability of an outcome at least as high as Z at the last look, ordered by stage."
-    info, upper, lower = walk_bounds
+def stagewise_tail(
+    z: float | np.ndarray,    # Z at the last look, one or many
+    information: Sequence[float] | np.ndarray,  # information at each look up to it
+    upper: Sequence[float] | np.ndarray,        # bounds of Z at these looks; the last one does not matter
+    lower: Sequence[float] | np.ndarray | None = None,  # bounds below
+    drift: float = 0.0,       # effect, in the unit that goes with information
+) -> np.ndarray:
+    "Return the probability of an outcome at least as high, ordered by stage: leaving earlier through the top is higher."
+    info = _checked(information)
+    above, under = _bounds(upper, len(info), math.inf, "upper"), _bounds(lower, len(info), -math.inf, "lower")
     walk, total = _Walk(info, drift), 0.0
     for look in range(len(info) - 1):
-        total += float(walk.beyond(upper[look]))
-        walk.advance(lower[look], upper[look])
-    return total + float(walk.beyond(z))
+        total += float(walk.beyond(above[look]))
+        walk.advance(under[look], above[look])
+    return total + walk.beyond(z)
 
 def stopped(
     effects: Sequence[float] | np.ndarray,   # effect at each look, the last one that of the stop
@@ -373,9 +381,9 @@ def stopped(
     frame = (info[keep], above[keep], under[keep])
     last, scale = float(z[-1]), math.sqrt(info[-1])
     def at(target: float) -> float:
-        def excess(drift: float) -> float: return _extreme(frame, last, drift) - target
+        def excess(drift: float) -> float: return float(stagewise_tail(last, *frame, drift)) - target
         return _root(excess, _bracket(excess, last / scale, -2 / scale), _bracket(excess, last / scale, 2 / scale))
-    tail, tails = _extreme(frame, last, 0.0), (1 - Estimate(0, 0, 0, confidence).confidence) / 2
+    tail, tails = float(stagewise_tail(last, *frame)), (1 - Estimate(0, 0, 0, confidence).confidence) / 2
     low, middle, high = sorted(sign * at(target) for target in (tails, 0.5, 1 - tails))
     half = -_fixed_drift(0.5, tails) / scale
     crossed = "upper" if last >= above[-1] else "lower" if last <= under[-1] else "none"
@@ -403,7 +411,7 @@ def repeated_interval(
     if not error > 0: raise InputError(f"error is {error}: a standard error must be positive")
     return Estimate(float(effect), float(effect - bound * error), float(effect + bound * error), confidence)
 
-# %% ../../nbs/experiments/sequential.ipynb #16b8df15
+# %% ../../nbs/experiments/sequential.ipynb #dbade5ba
 def sequential_pvalue(
     z: Sequence[float] | np.ndarray,          # Z at each look so far
     fractions: Sequence[float] | np.ndarray,  # information fraction at each look
@@ -421,4 +429,4 @@ def sequential_pvalue(
     low, high = math.log(1e-15), math.log(0.999)
     if margin(high) < 0: return 1.0
     if margin(low) >= 0: return 1e-15
-    return math.exp(_root(margin, low, high, 1e-7))
+    return math.exp(_root(margin, low, high, 1e-5))
