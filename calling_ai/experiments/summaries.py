@@ -11,14 +11,16 @@ SQLite or PostgreSQL do the work. The unit is always the user: rows are added up
 
 # %% auto #0
 __all__ = ['pool', 'Moments', 'Cell', 'Shared', 'nobody_shared', 'Summaries', 'from_sums', 'check_arms', 'summarise',
-           'share_changed']
+           'share_changed', 'summarise_query']
 
-# %% ../../nbs/experiments/summaries.ipynb #09da428c
+# %% ../../nbs/experiments/summaries.ipynb #e974c390
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from ..core.errors import InputError, InputTypeError
 from ..core.records import Record, explained
@@ -259,7 +261,7 @@ def check_arms(
         if not isinstance(arm, str): raise InputError(f"arm is {arm!r}: every user belongs to an arm, given by its name")
         if arm not in declared: raise InputError(f"arm is {arm!r}, which nobody declared: the arms are {', '.join(declared)}")
 
-# %% ../../nbs/experiments/summaries.ipynb #83197c25
+# %% ../../nbs/experiments/summaries.ipynb #76fec365
 def summarise(
     frame: Any,                        # table with a row a user, or several; any mapping of columns does
     totals: Sequence[str] = ("y",),    # columns to add up per user: metrics and denominators
@@ -271,6 +273,8 @@ def summarise(
     stage: str | None = "stage",       # column of the stage, used when the frame has it
     day: str | None = "day",           # column of the day, dates or times, used when the frame has it
     share: str | None = "share",       # column of the probability of the arm, used when the frame has it
+    exposed: str | None = "exposed_at",   # column of the time of the exposure, used when the frame has both times
+    happened: str | None = "happened_at", # column of the time of what is counted
 ) -> Summaries:
     "Return the summaries of a frame, with the user as the unit."
     columns = (*totals, *covariates)
@@ -284,6 +288,7 @@ def summarise(
     declared = tuple(arms) if arms is not None else tuple(sorted(dict.fromkeys(names), key=str))
     check_arms(names, declared)
     (arm_code, _), (stage_code, stage_names), (day_code, day_names) = _codes(names, declared), _codes(stages), _codes(days)
+    if exposed and happened and exposed in frame and happened in frame: _check_times(frame[exposed], frame[happened])
     if share and share in frame: _check_share(_numbers({share: frame[share]})[:, 0], arm_code, stage_code, declared, stage_names)
     who = np.arange(len(names))
     if user and user in frame:
@@ -293,7 +298,7 @@ def summarise(
     shape = (max(1, len(declared)), max(1, len(stage_names)), max(1, len(day_names)))
     found, place = np.unique(np.ravel_multi_index((arm_code, stage_code, day_code), shape), return_inverse=True)
     cells = [Cell(declared[a], stage_names[g], day_names[d]) for a, g, d in zip(*(part.tolist() for part in np.unravel_index(found, shape)), strict=True)]
-    return Summaries(columns, declared, *_joined_by(cells, *_group(values, place, len(cells))), _shared(values, who, place, cells))
+    return Summaries(columns, declared, *_joined_by(cells, *_group(values, place, len(cells))), _shared(values, who, place, stage_code, cells))
 
 def _codes(labels: np.ndarray, known: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
     "Return integers for labels, and the names that they stand for, sorted unless known."
@@ -311,6 +316,15 @@ def _dates(column: Any) -> np.ndarray:
         days, index = np.unique(moments.to_numpy().astype("datetime64[D]"), return_inverse=True)
         return days.astype(str).astype(object)[index]
     return series.map(str).to_numpy(dtype=object)
+
+def _check_times(exposed: Any, happened: Any) -> None:
+    "Raise an error when something is counted that happened before the exposure."
+    import pandas as pd
+    first, then = (pd.to_datetime(pd.Series(column), utc=True).reset_index(drop=True) for column in (exposed, happened))
+    early = (then < first).to_numpy()
+    if early.any():
+        row = int(np.argmax(early))
+        raise InputError(f"row {row} happened at {then[row].isoformat()}, before the exposure at {first[row].isoformat()}: the treatment cannot have caused it", row=row)
 
 def _check_share(share: np.ndarray, arm: np.ndarray, stage: np.ndarray, arms: Sequence[str], stages: Sequence[str]) -> None:
     "Raise an error when a share is impossible, or changed within a stage."
@@ -369,10 +383,10 @@ def _group(values: np.ndarray, place: np.ndarray, groups: int) -> tuple[np.ndarr
         for j in range(i + 1): scatter[:, i, j] = scatter[:, j, i] = mean_of(rest[:, i] * rest[:, j]) * count
     return count, mean + left, scatter
 
-def _shared(values: np.ndarray, who: np.ndarray, place: np.ndarray, cells: Sequence[Cell]) -> Shared:
+def _shared(values: np.ndarray, who: np.ndarray, place: np.ndarray, stage: np.ndarray, cells: Sequence[Cell]) -> Shared:
     "Return the moments of users who are in several cells, which are cells of different stages."
     if len(np.unique(who)) == len(who): return nobody_shared(values.shape[1])
-    order = np.lexsort((place, who))
+    order = np.lexsort((stage, who))
     pairs = []
     for step in range(1, int(np.bincount(who).max())):
         same = np.flatnonzero(who[order[step:]] == who[order[:-step]])
@@ -381,3 +395,92 @@ def _shared(values: np.ndarray, who: np.ndarray, place: np.ndarray, cells: Seque
     found, group = np.unique(place[first] * len(cells) + place[second], return_inverse=True)
     count, mean, scatter = _group(np.column_stack([values[first], values[second]]), group, len(found))
     return Shared(*_joined_by([(cells[i // len(cells)], cells[i % len(cells)]) for i in found.tolist()], count, mean, scatter))
+
+# %% ../../nbs/experiments/summaries.ipynb #d2ef636b
+def _aggregate(connection: Connection, source: Any, keys: Sequence[Any], values: Sequence[Any], shift: np.ndarray, extra: Sequence[Any] = ()) -> Any:
+    "Return one row a group: keys, count, rows without a missing value, sums, products, and what else was asked for."
+    away = [value - float(by) if by else value for value, by in zip(values, shift, strict=True)]
+    products = [away[i] * away[j] for i in range(len(away)) for j in range(i + 1)]
+    whole = values[0]
+    for value in values[1:]: whole = whole + value  # missing as soon as one is
+    sums = [sa.func.sum(each) for each in (*away, *products)]
+    return connection.execute(sa.select(*keys, sa.func.count(), sa.func.count(whole), *sums, *extra).select_from(source).group_by(*keys)).all()
+
+def _from_rows(rows: Any, keys: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Return counts, sums and products of the rows of `_aggregate`."
+    lower = np.tril_indices(k)
+    table = np.array([[float("nan") if value is None else float(value) for value in row[keys:keys + 2 + k + len(lower[0])]] for row in rows]).reshape(len(rows), -1)
+    if (table[:, 1] != table[:, 0]).any(): raise InputError(f"{int((table[:, 0] - table[:, 1]).sum())} rows lack a value: a metric must be a finite number for every user")
+    if not np.isfinite(table).all(): raise InputError("a sum is not finite: a metric must be a finite number for every user")
+    products = np.zeros((len(rows), k, k))
+    products[:, lower[0], lower[1]] = products[:, lower[1], lower[0]] = table[:, 2 + k:]
+    return table[:, 0], table[:, 2:2 + k], products
+
+def _stable(connection: Connection, source: Any, keys: Sequence[Any], values: Sequence[Any], shift: np.ndarray, extra: Sequence[Any] = ()) -> tuple[Any, ...]:
+    "Return rows, counts, sums, products and the shift; asked once more when the first shift left too few digits."
+    rows = _aggregate(connection, source, keys, values, shift, extra)
+    count, sums, products = _from_rows(rows, len(keys), len(values))
+    if not len(rows): return rows, count, sums, products, shift
+    size = np.diagonal(products, axis1=1, axis2=2)
+    if (size - sums**2 / count[:, None] < 1e-7 * size).any():
+        better = shift + sums.sum(axis=0) / count.sum()
+        if (better != shift).any():
+            rows, shift = _aggregate(connection, source, keys, values, better, extra), better
+            count, sums, products = _from_rows(rows, len(keys), len(values))
+    return rows, count, sums, products, shift
+
+def summarise_query(
+    connection: Connection,            # from `store.database.reading`
+    units: Any,                        # query or table with one row a user and stage: arm, and if known stage, day, share, user_key; and the columns below
+    totals: Sequence[str] = ("y",),    # columns of metrics and denominators
+    covariates: Sequence[str] = (),    # columns measured before the assignment
+    *,
+    arms: Sequence[str] | None = None, # declared arms; those that occur when nothing is given
+    glance: bool = True,               # shift by the mean of the first thousand rows; costly where `units` itself groups
+    returning: bool = True,            # look for users in several stages, when there are several and `user_key` is known
+) -> Summaries:
+    "Return the summaries of a query; the database adds up."
+    columns = (*totals, *covariates)
+    source = units if isinstance(units, sa.FromClause) else units.subquery("units")
+    missing = [name for name in ("arm", *columns) if name not in source.c]
+    if missing: raise InputError(f"units lacks the columns {', '.join(missing)}")
+    names = [name for name in Cell._fields if name in source.c]
+    keys, values = [source.c[name] for name in names], [source.c[name] for name in columns]
+    shift = np.zeros(len(columns))
+    if glance:
+        first = sa.select(*values).select_from(source).limit(1_000).subquery("first_rows")
+        means = connection.execute(sa.select(*(sa.func.avg(first.c[name]) for name in columns))).one()
+        shift = np.array([float(mean or 0.0) for mean in means])
+        shift[~np.isfinite(shift)] = 0.0
+    extra = (sa.func.min(source.c.share), sa.func.max(source.c.share)) if "share" in source.c else ()
+    rows, count, sums, products, shift = _stable(connection, source, keys, values, shift, extra)
+    cells = [_cell(dict(zip(names, row[:len(names)], strict=True))) for row in rows]
+    if extra: _check_shares(cells, rows)
+    found = from_sums(columns, cells, count, sums, products, shift, arms)
+    if not (returning and "user_key" in source.c and len({cell.stage for cell in cells}) > 1): return found
+    return Summaries(found.columns, found.arms, found.cells, found.count, found.mean, found.scatter, _shared_query(connection, source, names, columns, shift))
+
+def _cell(found: dict[str, Any]) -> Cell:
+    "Return the cell of a row."
+    for name, value in found.items():
+        if value is None: raise InputError(f"{name} is missing for some users: every user belongs to an arm, a stage and a day")
+    return Cell(**{name: value if name == "arm" else str(value) for name, value in found.items()})
+
+def _check_shares(cells: Sequence[Cell], rows: Any) -> None:
+    "Raise an error when a share changed within a stage."
+    seen: dict[tuple[str, str], tuple[float, float]] = {}
+    for cell, row in zip(cells, rows, strict=True):
+        if row[-1] is None: continue
+        low, high = seen.get((cell.arm, cell.stage), (float(row[-2]), float(row[-1])))
+        low, high = seen[cell.arm, cell.stage] = min(low, float(row[-2])), max(high, float(row[-1]))
+        if high - low > 1e-9: raise share_changed(cell.arm, cell.stage, low, high)
+
+def _shared_query(connection: Connection, source: Any, names: Sequence[str], columns: Sequence[str], shift: np.ndarray) -> Shared:
+    "Return the moments of users who are in several stages."
+    one, two = source.alias("one"), source.alias("two")
+    both = one.join(two, sa.and_(one.c.user_key == two.c.user_key, one.c.stage < two.c.stage))
+    keys = [side.c[name] for side in (one, two) for name in names]
+    rows, count, sums, products, shift = _stable(connection, both, keys, [side.c[name] for side in (one, two) for name in columns], np.r_[shift, shift])
+    if not len(rows): return nobody_shared(len(columns))
+    pairs = [tuple(_cell(dict(zip(names, row[start:start + len(names)], strict=True))) for start in (0, len(names))) for row in rows]
+    return Shared(*_joined_by(pairs, count, shift + sums / count[:, None], products - sums[:, :, None] * sums[:, None, :] / count[:, None, None]))
