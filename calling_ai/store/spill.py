@@ -37,7 +37,7 @@ from ..core.errors import InputError, InputTypeError, IntegrityError, explain_os
 from ..core.files import _sync_folder, write_bytes
 from ..core.records import Record, explained
 
-# %% ../../nbs/store/spill.ipynb #c1ca95ba
+# %% ../../nbs/store/spill.ipynb #80446532
 def _plain(value: Any) -> Any:
     "Return what JSON does not know as something that it does."
     if isinstance(value, uuid.UUID): return {"uuid": value.hex}
@@ -47,8 +47,9 @@ def _plain(value: Any) -> Any:
 
 def _rich(value: dict[str, Any]) -> Any:
     "Return the value that `_plain` made plain."
+    if len(value) != 1: return value
     if "uuid" in value: return uuid.UUID(hex=value["uuid"])
-    return dt.datetime.fromisoformat(value["moment"])
+    return dt.datetime.fromisoformat(value["moment"]) if "moment" in value else value
 
 _encode = json.JSONEncoder(separators=(",", ":"), default=_plain).encode
 _decode = json.JSONDecoder(object_hook=_rich).decode
@@ -156,7 +157,7 @@ def new_segment(
         raise
     return Segment(path, handle, len(first), len(first))
 
-# %% ../../nbs/store/spill.ipynb #584cb8fb
+# %% ../../nbs/store/spill.ipynb #ece007c6
 SEGMENT_BYTES = 8 * 1024 * 1024  # size from which a new file is begun
 SEGMENT_SECONDS = 5.0            # age from which a new file is begun: a row that was drained does not stay for long
 
@@ -248,6 +249,12 @@ class Spill:
                 os.close(segment.handle)
             self._segments.clear()
             self._active, self._cursor = None, (None, 0)
+
+    def abandon(self) -> None:
+        "Close the files and leave them as they are: in a child after a fork they belong to the parent."
+        for segment in self._segments: os.close(segment.handle)
+        self._segments.clear()
+        self._active, self._lock = None, threading.Lock()
 
     @property
     def files(self) -> tuple[Path, ...]:
