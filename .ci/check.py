@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN = ["tests", "flows", "benchmarks", ".ci"]
+PLAIN = ["tests", "flows", "benchmarks", ".ci", "calling_ai/store/revisions"]
 
 
 def library_notebooks(root: Path = ROOT) -> list[Path]:
@@ -43,12 +43,19 @@ def fresh_package(root: Path, folder: Path) -> Path:
     return folder / "calling_ai"
 
 
+def by_notebook(path: Path) -> bool:
+    """Say whether a notebook makes a module: all but the steps of the database schema, which are written by hand."""
+    return "revisions" not in path.parts
+
+
 def differences(root: Path = ROOT) -> list[str]:
     """Return what differs between the package and a fresh export of the notebooks, one sentence each."""
     with tempfile.TemporaryDirectory() as folder:
         fresh = fresh_package(root, Path(folder))
         made = {path.relative_to(fresh) for path in fresh.rglob("*.py")}
-        kept = {path.relative_to(root / "calling_ai") for path in (root / "calling_ai").rglob("*.py")}
+        kept = {
+            path.relative_to(root / "calling_ai") for path in (root / "calling_ai").rglob("*.py") if by_notebook(path)
+        }
         found = [f"calling_ai/{name} is missing" for name in sorted(made - kept)]
         found += [
             f"calling_ai/{name} is made by no notebook"
@@ -118,7 +125,7 @@ def fix() -> None:
     with tempfile.TemporaryDirectory() as folder:  # a failing export leaves the package as it was
         fresh = fresh_package(ROOT, Path(folder))
         for path in (ROOT / "calling_ai").rglob("*.py"):
-            if path.name != "__init__.py":
+            if path.name != "__init__.py" and by_notebook(path):
                 path.unlink()
         for path in fresh.rglob("*.py"):
             target = ROOT / "calling_ai" / path.relative_to(fresh)

@@ -88,8 +88,9 @@ def libraries() -> list[Path]:
 
 
 def modules() -> list[Path]:
-    """Return the modules of the package that notebooks make."""
-    return sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
+    """Return the modules of the package that notebooks make: all but the steps of the database schema."""
+    found = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
+    return [path for path in found if "revisions" not in path.parts]
 
 
 def name_of(path: Path) -> str:

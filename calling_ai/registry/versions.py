@@ -13,7 +13,7 @@ __all__ = ['ALIASES', 'STATUSES', 'versions_table', 'aliases_table', 'events_tab
            'VersionDraft', 'Version', 'Event', 'restore_estimates', 'keep_file', 'number_next', 'Release',
            'release_key', 'Registry']
 
-# %% ../../nbs/registry/versions.ipynb #7ecde874
+# %% ../../nbs/registry/versions.ipynb #01f3c7d0
 import contextlib
 import datetime as dt
 import importlib.metadata
@@ -34,7 +34,8 @@ from ..core.errors import InputError, IntegrityError, NotFoundError, RefusedErro
 from ..core.files import atomic_path, read_checked, sha256_bytes, sha256_file, to_json
 from ..core.records import Estimate, Record, explained
 from ..core.settings import settings
-from ..store.database import Moment, create_tables, engine, metadata, reading, writing
+from ..store.database import Moment, engine, metadata, reading, writing
+from ..store.migrations import ensure
 
 # %% ../../nbs/registry/versions.ipynb #d853f200
 ALIASES = ("champion", "challenger", "previous")
@@ -123,7 +124,7 @@ def restore_estimates(
     if set(value) == {"value", "lower", "upper", "confidence"}: return Estimate(**value)
     return {key: restore_estimates(item) for key, item in value.items()}
 
-# %% ../../nbs/registry/versions.ipynb #2b4d3bde
+# %% ../../nbs/registry/versions.ipynb #842744e6
 versions_table = sa.Table(
     "versions", metadata, sa.Column("number", sa.Integer, primary_key=True),
     *(sa.Column(name, sa.Text, nullable=False) for name in ("model", "version", "source", "status", "digest", "snapshot_digest")),
@@ -142,11 +143,6 @@ events_table = sa.Table(
     "registry_events", metadata, sa.Column("number", sa.Integer, primary_key=True), sa.Column("at", Moment, nullable=False),
     *(sa.Column(name, sa.Text, nullable=False) for name in ("action", "model", "subject", "actor")),
     *(sa.Column(name, sa.Text) for name in ("before", "after", "digest", "previous_digest")), sa.Column("evidence", sa.JSON, nullable=False))
-
-for _change in ("UPDATE", "DELETE"):
-    sa.event.listen(events_table, "after_create", sa.DDL(
-        f"CREATE TRIGGER registry_events_no_{_change.lower()} BEFORE {_change} ON registry_events "
-        "BEGIN SELECT RAISE(ABORT, 'events are only ever added'); END").execute_if(dialect="sqlite"))
 
 # %% ../../nbs/registry/versions.ipynb #cadde93c
 def keep_file(
@@ -196,7 +192,7 @@ def release_key(
     "Return what a release of these versions is known by."
     return "+".join(versions[model].digest if model in versions else "-" for model in MODELS)
 
-# %% ../../nbs/registry/versions.ipynb #2b575daf
+# %% ../../nbs/registry/versions.ipynb #f349c076
 class Registry:
     "The versions of a workspace."
 
@@ -223,7 +219,7 @@ class Registry:
         kept = [keep_file(draft.file, self.folder) for draft in drafts]
         for draft, path in zip(drafts, kept, strict=True):
             if check is not None: check(draft, path)
-        create_tables(self.database)
+        ensure(self.database)
         with writing(self.database, alone="registry") as connection:
             now = dt.datetime.now(dt.UTC)  # one moment for all that becomes visible together
             names = [_insert(connection, draft, path, actor, now) for draft, path in zip(drafts, kept, strict=True)]
@@ -295,7 +291,7 @@ class Registry:
     ) -> Release:
         "Keep a release of versions, and write down that it is theirs; the same file again changes nothing."
         key, kept = release_key(versions), keep_file(file, self.releases)
-        create_tables(self.database)
+        ensure(self.database)
         with writing(self.database, alone="registry") as connection:
             known = _last_release(connection, key)
             if known is None or known.digest != kept.stem:

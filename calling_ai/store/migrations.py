@@ -11,11 +11,10 @@ the older schema has no place for is set aside and found again by the next upgra
 # %% auto #0
 __all__ = ['steps', 'SchemaStatus', 'status', 'upgrade', 'downgrade', 'ensure']
 
-# %% ../../nbs/store/migrations.ipynb #57732e31
+# %% ../../nbs/store/migrations.ipynb #e3ac3f67
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
