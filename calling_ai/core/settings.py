@@ -10,7 +10,7 @@ setting that is silently ignored is worse than none."""
 
 # %% auto #0
 __all__ = ['ranged', 'StoreSettings', 'PolicySettings', 'TownSettings', 'TrainingSettings', 'EvaluationSettings', 'BatchSettings',
-           'ServeSettings', 'ScheduleSettings', 'Settings', 'settings']
+           'ServeSettings', 'ExperimentSettings', 'ScheduleSettings', 'Settings', 'settings']
 
 # %% ../../nbs/core/settings.ipynb #caa164bf
 import configparser
@@ -34,7 +34,7 @@ def ranged(
     "Return a field of a section: a number in [`low`, `high`]."
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
 
-# %% ../../nbs/core/settings.ipynb #b250ea19
+# %% ../../nbs/core/settings.ipynb #80d3616e
 @dataclass(frozen=True)
 class StoreSettings(Record):
     "Where things are kept."
@@ -93,11 +93,22 @@ class ServeSettings(Record):
     budget_seconds: float = ranged("longest time for a request before the formula answers; 0 is no limit", 0, 60, 0.0)
 
 @dataclass(frozen=True)
+class ExperimentSettings(Record):
+    "How experiments are judged, unless their protocol says otherwise."
+    alpha: float = ranged("chance to promote a challenger that is not better, over all arms and looks", 1e-4, 0.2, 0.025)
+    power: float = ranged("chance to find the planned effect", 0.5, 0.999, 0.9)
+    harm: float = ranged("chance to roll back a harmless challenger, at all times together", 1e-4, 0.2, 0.025)
+    mismatch: float = ranged("chance to call a sound split broken", 1e-4, 0.2, 0.01)
+    spending: str = explained("how alpha is used up: obrien_fleming, pocock, hwang_shih_decani or power", default="obrien_fleming")
+    looks: int = ranged("planned looks until the maximum", 1, 1_000, 20)
+    window_days: float = ranged("days after the exposure whose decisions count for a user", 0.01, 365, 14.0)
+
+@dataclass(frozen=True)
 class ScheduleSettings(Record):
     "When flows run, in cron syntax, UTC."
     retrain: str = explained("when retraining is looked at", default="0 3 * * *")
 
-# %% ../../nbs/core/settings.ipynb #dc952d9b
+# %% ../../nbs/core/settings.ipynb #a893ea29
 @dataclass(frozen=True)
 class Settings(Record):
     "The settings of a workspace."
@@ -109,6 +120,7 @@ class Settings(Record):
     evaluation: EvaluationSettings = explained("how models are judged", default=EvaluationSettings())
     batch: BatchSettings = explained("how tables larger than memory are scored", default=BatchSettings())
     serve: ServeSettings = explained("how moments are scored", default=ServeSettings())
+    experiment: ExperimentSettings = explained("how experiments are judged", default=ExperimentSettings())
     schedules: ScheduleSettings = explained("when flows run", default=ScheduleSettings())
 
     @property
