@@ -12,7 +12,7 @@ it stopped. Nothing is lost, doubled, or scored with two versions."""
 # %% auto #0
 __all__ = ['BATCH', 'Partition', 'cut', 'Job', 'owned', 'plan', 'score_partition', 'pending', 'finish', 'score_tables']
 
-# %% ../../nbs/operate/batch.ipynb #f3796c3a
+# %% ../../nbs/operate/batch.ipynb #1479dcd9
 import contextlib
 import fcntl
 import functools
@@ -33,7 +33,7 @@ from ..core.errors import CallingError, InputError, IntegrityError, NotFoundErro
 from ..core.files import atomic_path, read_json, sha256_bytes, sha256_file, to_json, write_json
 from ..core.records import Record, explained
 from ..core.settings import Settings
-from .commands import IDENTIFIERS, score_file
+from .commands import IDENTIFIERS, count_ways, score_file
 from ..score.policy import Policy
 from ..serve.scorer import Scorer
 from ..store.tables import table_format
@@ -78,7 +78,7 @@ def cut(
     held = sum(sizes[begin:])
     return found + ([Partition(first + len(found), name, list(range(begin, len(sizes))), row, held)] if held else [])
 
-# %% ../../nbs/operate/batch.ipynb #0e7d8a66
+# %% ../../nbs/operate/batch.ipynb #490c362e
 @dataclass(frozen=True)
 class Job(Record):
     "A batch of tables on its way from input to output."
@@ -124,7 +124,7 @@ def _files(source: Path) -> dict[str, Path]:
 
 def _identity(scorer: Scorer) -> dict[str, str]:
     "Return version and digest of every open model."
-    return {model: f"{network.version} {network.digest}" for model, network in scorer.networks.items()}
+    return scorer.identity
 
 def plan(
     workspace: Settings,         # settings of the workspace
@@ -162,7 +162,7 @@ def plan(
         write_json(known, about | {"digest": digest})
     return job
 
-# %% ../../nbs/operate/batch.ipynb #42579705
+# %% ../../nbs/operate/batch.ipynb #0e677ba6
 BATCH = 16_384  # rows that are in memory at once, in each worker
 _KEY = b"calling_ai"
 
@@ -208,16 +208,20 @@ def score_partition(
             frame = batch.to_pandas()
             scores = _scored(scorer, frame, part.file, row)
             kept = batch.select([name for name in wanted if name in IDENTIFIERS])
-            table = pa.Table.from_arrays([*kept.columns, *(pa.array(scores[name]) for name in scores)], names=[*kept.schema.names, *scores])
+            table = pa.Table.from_arrays([*kept.columns, *(_column(scores[name]) for name in scores)], names=[*kept.schema.names, *scores])
             if writer is None: writer = stack.enter_context(pq.ParquetWriter(temporary, table.schema, compression="zstd"))
             writer.write_table(table)
-            ways, numbers = np.unique(scores["path"].astype(str), return_counts=True)
-            for way, number in zip(ways, numbers, strict=True): counted["paths"][str(way)] = counted["paths"].get(str(way), 0) + int(number)
+            for way, number in count_ways(scores).items(): counted["paths"][way] = counted["paths"].get(way, 0) + number
             given = [name for name in FEATURE_NAMES if name in frame]
             counted["missing"] += int(frame[given].isna().to_numpy().sum()) + len(frame) * (len(FEATURE_NAMES) - len(given))
             counted["rows"], counted["called"], row = counted["rows"] + len(frame), counted["called"] + int(scores["called"].sum()), row + len(frame)
         if writer is not None: writer.add_key_value_metadata({_KEY: to_json(counted).encode()})
     return counted
+
+def _column(values: pd.Series) -> Any:
+    "Return a column for Parquet; texts are texts, also where all of them are missing."
+    import pyarrow as pa
+    return pa.array(values, type=None if values.dtype.kind in "fiub" else pa.string())
 
 def _scored(scorer: Scorer, frame: pd.DataFrame, name: str, row: int) -> pd.DataFrame:
     "Score a batch; an error names the row of the file."

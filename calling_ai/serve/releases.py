@@ -127,7 +127,7 @@ class Parts:
             return found, failed
         return ask
 
-# %% ../../nbs/serve/releases.ipynb #07453607
+# %% ../../nbs/serve/releases.ipynb #138053ed
 _PROBES = np.vstack([np.full((1, 45), np.nan), np.linspace(0, 1, 45)[None], np.full((1, 45), 0.7)])
 
 class Graph:
@@ -148,6 +148,7 @@ class Graph:
         notes = self.session.get_modelmeta().custom_metadata_map
         self.inside = tuple(model for model in MODELS if f"{model}_digest" in notes)
         self.versions = {model: (versions or notes).get(model) or f"file {notes[f'{model}_digest'][:12]}" for model in self.inside}
+        self.digests = {model: notes[f"{model}_digest"] for model in self.inside}
         self.problems = {model: "not in the release" for model in MODELS if model not in self.inside}
         try:
             self.policy = Policy(**json.loads(notes.get("policy", "{}")))

@@ -153,7 +153,7 @@ def rows_of(
         rows.append(row)
     return rows
 
-# %% ../../nbs/serve/scorer.ipynb #3cd57737
+# %% ../../nbs/serve/scorer.ipynb #adbf8a20
 _tried: set[str] = set()  # digests of files that came back well from the child process
 
 @dataclass
@@ -278,6 +278,13 @@ class Scorer:
     def release(self) -> str | None:
         "Digest of the open release, nothing where its parts or the formula answer."
         return self._live.release
+
+    @property
+    def identity(self) -> dict[str, str]:
+        "By model: version and digest of the network that answers, however it was opened."
+        engine = self._live.engine
+        digests = engine.digests if isinstance(engine, Graph) else {model: network.digest for model, network in engine.networks.items()}
+        return {model: f"{engine.versions[model]} {digest}" for model, digest in digests.items()}
 
     @property
     def problems(self) -> dict[str, str]:
