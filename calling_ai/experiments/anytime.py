@@ -232,7 +232,7 @@ def ready(
     if burn_in: return min(counts) >= burn_in and min(variances) > 0
     return bool(min(kish_size(n, m, v) for n, m, v in zip(counts, means, variances, strict=True)) >= BURN_IN and min(variances) > 0)
 
-# %% ../../nbs/experiments/anytime.ipynb #343f4403
+# %% ../../nbs/experiments/anytime.ipynb #e4f5babd
 HALF_LIFE = 5_000   # users after which half of the level is forgotten
 SHRINKAGE = 4.0     # weight of "no effect" in the guess: as if log odds ratios spread with a standard deviation of 0.5
 
@@ -296,7 +296,8 @@ def _nearest(control: np.ndarray, treatment: np.ndarray, share: np.ndarray, shif
     def slope(p: np.ndarray) -> np.ndarray:
         q = shift + ratio * p
         return share * ratio * (q - treatment) / (q * (1 - q)) + (1 - share) * (p - control) / (p * (1 - p))
-    p = _solve(slope, *np.broadcast_arrays(low, high, slope(low))[:2], steps=45)
+    shape = np.broadcast_shapes(np.shape(low), np.shape(high), np.shape(control), np.shape(share))
+    p = _solve(slope, np.broadcast_to(low, shape), np.broadcast_to(high, shape), 45)
     return p, shift + ratio * p
 
 # %% ../../nbs/experiments/anytime.ipynb #f8418a81
@@ -381,7 +382,7 @@ def _stratified(blocks: Blocks, relative: bool) -> float:
     if not relative: return treatment - control
     return treatment / control - 1 if control > 0 else 0.0
 
-# %% ../../nbs/experiments/anytime.ipynb #851e469a
+# %% ../../nbs/experiments/anytime.ipynb #75105175
 class Betting:
     "A running betting confidence sequence for the mean of values in [0, 1]."
 
@@ -436,7 +437,8 @@ def betting_sequence(
     "Return the betting confidence sequence for the mean of bounded values; exact."
     if not low < high: raise InputError(f"low is {low} and high {high}: low must be smaller")
     found = Betting(confidence).update((np.asarray(values, dtype=float) - low) / (high - low)).interval()
-    return Estimate(*(low + (high - low) * end for end in (found.value, found.lower, found.upper)), confidence)
+    def back(end: float) -> float: return low + (high - low) * end
+    return Estimate(back(found.value), back(found.lower), back(found.upper), confidence)
 
 # %% ../../nbs/experiments/anytime.ipynb #72190f42
 class Watch:

@@ -188,7 +188,7 @@ def rollouts(
     (weight, score, variance), naive, ready = (np.concatenate(parts, axis=-1) for parts in zip(*chunks, strict=True))
     return Paths(scenario, weight, score, variance, naive, ready)
 
-# %% ../../nbs/experiments/simulate.ipynb #0ef5970c
+# %% ../../nbs/experiments/simulate.ipynb #7bf668de
 @dataclass(frozen=True, eq=False)
 class Stops(Record):
     "Which experiments were stopped by a rule, and when."
@@ -204,8 +204,8 @@ def _every(paths: Paths, looks: int | None) -> np.ndarray:
     return np.unique(np.linspace(0, total, looks + 1).round().astype(int)[1:] - 1)
 
 def _stops(looks: np.ndarray, bound: np.ndarray, crossed: np.ndarray) -> Stops:
-    any_ = crossed.any(axis=0)
-    return Stops(looks, bound, any_, np.where(any_, crossed.argmax(axis=0), len(looks) - 1))
+    stopped = np.asarray(crossed.any(axis=0))
+    return Stops(looks, bound, stopped, np.where(stopped, crossed.argmax(axis=0), len(looks) - 1))
 
 def _plan(paths: Paths, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Return fraction and information of the looks: means over the experiments, which differ by a few per cent."

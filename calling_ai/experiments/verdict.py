@@ -10,7 +10,7 @@ Everything is stratified by day and stage. It refuses arms and stages that the p
 
 # %% auto #0
 __all__ = ['VERDICTS', 'Guardrail', 'Protocol', 'Contrast', 'contrast', 'watch', 'may_speak', 'split_kept', 'Look', 'looks_of',
-           'Kept', 'Evidence', 'Verdict', 'decide', 'plot_monitoring', 'plot_effects', 'plot_guardrails']
+           'Kept', 'Evidence', 'Verdict', 'decide', 'plot_monitoring', 'plot_effects', 'plot_split', 'plot_guardrails']
 
 # %% ../../nbs/experiments/verdict.ipynb #b0490a51
 import dataclasses
@@ -147,7 +147,7 @@ def _comparable(summaries: Summaries, control: str, treatment: str) -> bool:
     count = {cell: int(n) for cell, n in zip(summaries.cells, summaries.count.tolist(), strict=True)}
     return any(n >= 2 and count.get(cell._replace(arm=treatment), 0) >= 2 for cell, n in count.items() if cell.arm == control)
 
-# %% ../../nbs/experiments/verdict.ipynb #e42c4d13
+# %% ../../nbs/experiments/verdict.ipynb #c69ddf91
 def watch(
     summaries: Summaries,       # by arm, stage and day
     metric: Metric,             # what is watched
@@ -187,7 +187,8 @@ def may_speak(
 def _blocks(summaries: Summaries, column: str, control: str, treatment: str) -> Blocks:
     "Return the sums of a column by day and stage, in the order of time."
     if column not in summaries.columns: raise InputError(f"column is {column!r}: the summary holds {', '.join(summaries.columns)}")
-    at, rows = summaries.columns.index(column), {}
+    at = summaries.columns.index(column)
+    rows: dict[tuple[str, str], list[float]] = {}
     for cell, n, mean, scatter in zip(summaries.cells, summaries.count.tolist(), summaries.mean[:, at].tolist(), summaries.scatter[:, at, at].tolist(), strict=True):
         if cell.arm not in (control, treatment): continue
         if not 0 <= mean <= 1 or scatter > n * mean * (1 - mean) + 1e-6 * n: raise InputError(f"column {column} has values outside of [0, 1]: a bounded metric has none")
@@ -417,7 +418,7 @@ def _together(arms: Sequence[Evidence], balance: Balance | None, protocol: Proto
     if verdicts == {"roll back"}: return "roll back", arms[0].arm if len(arms) == 1 else None, reasons
     return ("cannot tell" if verdicts <= {"cannot tell", "roll back"} else "hold"), None, reasons
 
-# %% ../../nbs/experiments/verdict.ipynb #2188b2cc
+# %% ../../nbs/experiments/verdict.ipynb #fc70c142
 def plot_monitoring(
     axes: Sequence[Any],   # two axes, one above the other
     item: Evidence,        # of one arm
@@ -442,6 +443,8 @@ def plot_monitoring(
         for at in range(1, len(looks)):
             if looks[at].stage != looks[at - 1].stage: ax.axvline(at + 0.5, color=COLOURS["grey"], linestyle=":", linewidth=1.2)
         ax.legend(fontsize=9, ncols=2)
+    from matplotlib.ticker import MaxNLocator
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     shown = [look.stage for look in looks]
     for stage in dict.fromkeys(shown):
         if stage: top.annotate(stage, (shown.index(stage) + 1, 1), xycoords=("data", "axes fraction"), xytext=(3, -4), textcoords="offset points", va="top", fontsize=9, color=COLOURS["grey"])
@@ -455,16 +458,36 @@ def plot_effects(
     from calling_ai.core.plots import COLOURS, interval_bars
     colour = {"promote": COLOURS["best"], "roll back": COLOURS["formula"], "hold": COLOURS["network"], "cannot tell": COLOURS["grey"]}
     arms = [item for item in verdict.arms if item.effect is not None and math.isfinite(item.effect.lower)]
-    interval_bars(ax, [f"{item.arm}: {item.verdict}" for item in arms], *([getattr(item.effect, end) for item in arms] for end in ("value", "lower", "upper")),
-                  [colour[item.verdict] for item in arms], digits=4)
+    values, lowers, uppers = ([float(getattr(item.effect, end)) for item in arms] for end in ("value", "lower", "upper"))
+    interval_bars(ax, [f"{item.arm}: {item.verdict}" for item in arms], values, lowers, uppers, [colour[item.verdict] for item in arms], digits=4)
     ax.axvline(0, color=COLOURS["grey"], linewidth=1)
     ax.set(xlabel=unit)
+
+def plot_split(
+    ax: Any,                 # axes to draw on
+    summaries: Summaries,    # by arm, stage and day
+    experiment: Experiment,  # arms, stages and shares
+    arm: str,                # of which arm
+) -> None:
+    "Draw the share of users of an arm by stage and day, with 99 % intervals, and what was promised."
+    from calling_ai.core.plots import COLOURS
+    from calling_ai.models.calibration import wilson
+    rows = sorted({(cell.day, cell.stage) for cell in summaries.cells})
+    count = {cell: int(n) for cell, n in zip(summaries.cells, summaries.count.tolist(), strict=True)}
+    own, total = (np.array([sum(count.get(Cell(name, stage, day), 0) for name in names) for day, stage in rows], dtype=float) for names in ((arm,), summaries.arms))
+    x, share, promised = np.arange(1, len(rows) + 1), own / np.maximum(total, 1), [_shares(experiment, stage)[arm] for _, stage in rows]
+    low, high = wilson(share, total, 0.99)
+    ax.vlines(x, low, high, color=COLOURS["network"], linewidth=2.4, alpha=0.55)
+    ax.plot(x, share, "o", color=COLOURS["network"], markersize=4, label=f"share of {arm}, 99 % interval")
+    ax.step(x, promised, where="mid", color=COLOURS["formula"], linewidth=1.4, label="promised")
+    ax.set(xlabel="day", ylabel="share of users", ylim=(0, 1), title="The split")
+    ax.legend(fontsize=9)
 
 def plot_guardrails(
     ax: Any,             # axes to draw on
     verdict: Verdict,    # of an experiment
 ) -> None:
-    "Draw each guardrail on the scale of its margin: beyond -1 it is broken."
+    "Draw each guardrail on the scale of its margin, cut at three: beyond -1 it is broken."
     from calling_ai.core.plots import COLOURS
     colour = {"kept": COLOURS["best"], "open": COLOURS["highlight"], "broken": COLOURS["formula"]}
     rows = [(item.arm, guard) for item in verdict.arms for guard in item.guardrails]
@@ -476,5 +499,5 @@ def plot_guardrails(
     ax.axvline(-1, color=COLOURS["formula"], linestyle="--", label="margin")
     ax.axvline(0, color=COLOURS["grey"], linewidth=1)
     ax.set_yticks(range(len(rows)), [f"{guard.metric}, {arm}: {guard.state}" for arm, guard in rows])
-    ax.set(xlabel="effect in margins (better to the right; cut at three margins)", xlim=(-3.2, 3.2), ylim=(len(rows) - 0.5, -0.5))
+    ax.set(xlabel="effect in margins, better to the right", xlim=(-3.2, 3.2), ylim=(len(rows) - 0.5, -0.5))
     ax.legend(fontsize=9, loc="lower right")
