@@ -15,7 +15,7 @@ __all__ = ['SCHEMA_VERSION', 'ROWS_A_GROUP', 'PARTS', 'Snapshot', 'parquet_bytes
            'write_snapshot', 'read_snapshot', 'verify_snapshot', 'user_shares', 'split', 'Parts', 'write_log_snapshot',
            'snapshot', 'Replaced', 'rows_of', 'without_user', 'ancestors']
 
-# %% ../../nbs/store/snapshots.ipynb #0bdb404a
+# %% ../../nbs/store/snapshots.ipynb #be6b1dbb
 import datetime as dt
 import hashlib
 import io
@@ -34,10 +34,11 @@ import sqlalchemy as sa
 from ..core.errors import CallingError, InputError, InputTypeError, IntegrityError, NotFoundError, explain_os_error
 from ..core.files import atomic_path, read_json, sha256_bytes, sha256_file, to_json, write_bytes, write_json, write_text
 from ..core.records import Record, explained
-from .columns import MISSING, kind_of, stream
+from .columns import MISSING, kind_of, stream, uncollected
 from .database import reading
 from .history import days_of
 from .labels import Counting, LabelQuery, complete, log_columns, micros_of, read_outcomes
+from .migrations import ensure
 from .schema import decisions as decisions_table
 
 # %% ../../nbs/store/snapshots.ipynb #2899f513
@@ -216,7 +217,7 @@ def split(
     part = np.where(tested, np.where(late, 2, 3), np.where(late, 3, part))
     return np.array(PARTS, dtype=object)[part]
 
-# %% ../../nbs/store/snapshots.ipynb #3e05bd48
+# %% ../../nbs/store/snapshots.ipynb #c24c219d
 def _arrow(values: np.ndarray, kind: str) -> Any:
     "Return a column as Parquet will hold it."
     import pyarrow as pa
@@ -303,7 +304,7 @@ def write_log_snapshot(
         made.decided_at >= query.since, made.decided_at < query.until, made.recorded_at < query.known_at).order_by(made.id)
     if query.young == "leave out": select = select.where(made.decided_at <= query.known_at - dt.timedelta(days=query.attribution_days))
     counted, kinds = Counting(query.clip), {name: kind_of(column) for name, column in log_columns().items()} | _KINDS
-    with reading(source) as connection:
+    with uncollected(), reading(source) as connection:
         told = read_outcomes(connection, query)
         def blocks() -> Iterator[dict[str, np.ndarray]]:
             for block in stream(connection, select):
@@ -327,6 +328,7 @@ def snapshot(
     created_from: str = "decision log",  # what it was made from
 ) -> Snapshot:
     "Write a snapshot of the log; window and skew are those of the log."
+    ensure(log.database)
     query = LabelQuery(since, until, known_at or until, log.attribution_days, log.clock_skew_seconds, young, clip)
     return write_log_snapshot(log.database, folder, query, parts, created_from)
 
