@@ -218,14 +218,14 @@ class Summaries(Record):
         return cls(columns.pop(), tuple(groups), tuple(Cell(name) for name in kept), np.array([groups[name].count for name in kept], dtype=np.int64),
                    np.array([groups[name].mean for name in kept]).reshape(-1, k), np.array([groups[name].scatter for name in kept]).reshape(-1, k, k), nobody_shared(k))
 
-# %% ../../nbs/experiments/summaries.ipynb #29d8df59
+# %% ../../nbs/experiments/summaries.ipynb #e3c7cf0f
 def from_sums(
     columns: Sequence[str],   # k names
     cells: Sequence[Cell],    # m cells; equal ones are pooled
     count: Any,               # m numbers of users
     sums: Any,                # m x k sums of the values less `shift`
     products: Any,            # m x k x k sums of products of the values less `shift`
-    shift: Any = 0.0,         # k constants
+    shift: Any = 0.0,         # k constants, or m x k
     arms: Sequence[str] | None = None,  # declared arms; those that occur when nothing is given
 ) -> Summaries:
     "Return summaries from counts, sums and sums of products."
@@ -261,7 +261,7 @@ def check_arms(
         if not isinstance(arm, str): raise InputError(f"arm is {arm!r}: every user belongs to an arm, given by its name")
         if arm not in declared: raise InputError(f"arm is {arm!r}, which nobody declared: the arms are {', '.join(declared)}")
 
-# %% ../../nbs/experiments/summaries.ipynb #76fec365
+# %% ../../nbs/experiments/summaries.ipynb #feef29b8
 def summarise(
     frame: Any,                        # table with a row a user, or several; any mapping of columns does
     totals: Sequence[str] = ("y",),    # columns to add up per user: metrics and denominators
@@ -313,7 +313,7 @@ def _dates(column: Any) -> np.ndarray:
     if series.dtype.kind == "M" or isinstance(series.dtype, pd.DatetimeTZDtype):
         moments = pd.to_datetime(series, utc=True)
         if moments.isna().any(): raise InputError(f"row {int(moments.isna().to_numpy().argmax())} of the day is missing: every user has a day of exposure")
-        days, index = np.unique(moments.to_numpy().astype("datetime64[D]"), return_inverse=True)
+        days, index = np.unique(moments.dt.tz_localize(None).to_numpy().astype("datetime64[D]"), return_inverse=True)
         return days.astype(str).astype(object)[index]
     return series.map(str).to_numpy(dtype=object)
 
@@ -396,10 +396,10 @@ def _shared(values: np.ndarray, who: np.ndarray, place: np.ndarray, stage: np.nd
     count, mean, scatter = _group(np.column_stack([values[first], values[second]]), group, len(found))
     return Shared(*_joined_by([(cells[i // len(cells)], cells[i % len(cells)]) for i in found.tolist()], count, mean, scatter))
 
-# %% ../../nbs/experiments/summaries.ipynb #d2ef636b
-def _aggregate(connection: Connection, source: Any, keys: Sequence[Any], values: Sequence[Any], shift: np.ndarray, extra: Sequence[Any] = ()) -> Any:
+# %% ../../nbs/experiments/summaries.ipynb #828846aa
+def _aggregate(connection: Connection, source: Any, keys: Sequence[Any], values: Sequence[Any], shift: Sequence[Any], extra: Sequence[Any] = ()) -> Any:
     "Return one row a group: keys, count, rows without a missing value, sums, products, and what else was asked for."
-    away = [value - float(by) if by else value for value, by in zip(values, shift, strict=True)]
+    away = [value if isinstance(by, float) and by == 0 else value - by for value, by in zip(values, shift, strict=True)]
     products = [away[i] * away[j] for i in range(len(away)) for j in range(i + 1)]
     whole = values[0]
     for value in values[1:]: whole = whole + value  # missing as soon as one is
@@ -409,25 +409,31 @@ def _aggregate(connection: Connection, source: Any, keys: Sequence[Any], values:
 def _from_rows(rows: Any, keys: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Return counts, sums and products of the rows of `_aggregate`."
     lower = np.tril_indices(k)
-    table = np.array([[float("nan") if value is None else float(value) for value in row[keys:keys + 2 + k + len(lower[0])]] for row in rows]).reshape(len(rows), -1)
+    table = np.array([[float("nan") if value is None else float(value) for value in row[keys:keys + 2 + k + len(lower[0])]] for row in rows]).reshape(len(rows), 2 + k + len(lower[0]))
     if (table[:, 1] != table[:, 0]).any(): raise InputError(f"{int((table[:, 0] - table[:, 1]).sum())} rows lack a value: a metric must be a finite number for every user")
     if not np.isfinite(table).all(): raise InputError("a sum is not finite: a metric must be a finite number for every user")
     products = np.zeros((len(rows), k, k))
     products[:, lower[0], lower[1]] = products[:, lower[1], lower[0]] = table[:, 2 + k:]
     return table[:, 0], table[:, 2:2 + k], products
 
+_MOST_CASES = 64  # groups that may have a shift each
+
 def _stable(connection: Connection, source: Any, keys: Sequence[Any], values: Sequence[Any], shift: np.ndarray, extra: Sequence[Any] = ()) -> tuple[Any, ...]:
-    "Return rows, counts, sums, products and the shift; asked once more when the first shift left too few digits."
-    rows = _aggregate(connection, source, keys, values, shift, extra)
+    "Return rows, counts, sums, products and the shift of each row; asked once more when the first shift left too few digits."
+    rows = _aggregate(connection, source, keys, values, shift.tolist(), extra)
     count, sums, products = _from_rows(rows, len(keys), len(values))
-    if not len(rows): return rows, count, sums, products, shift
+    shifts = np.tile(shift, (len(rows), 1))
     size = np.diagonal(products, axis1=1, axis2=2)
-    if (size - sums**2 / count[:, None] < 1e-7 * size).any():
-        better = shift + sums.sum(axis=0) / count.sum()
-        if (better != shift).any():
-            rows, shift = _aggregate(connection, source, keys, values, better, extra), better
-            count, sums, products = _from_rows(rows, len(keys), len(values))
-    return rows, count, sums, products, shift
+    if not (size - sums**2 / np.maximum(count, 1)[:, None] < 1e-7 * size).any(): return rows, count, sums, products, shifts
+    found = shifts + sums / count[:, None]
+    if len(rows) > _MOST_CASES or not keys: found = np.tile(count @ found / count.sum(), (len(rows), 1))
+    if (found == shifts).all(): return rows, count, sums, products, shifts
+    of = {tuple(row[:len(keys)]): mean for row, mean in zip(rows, found, strict=True)}
+    def by_group(i: int) -> Any:
+        if len(rows) > _MOST_CASES or not keys: return float(found[0, i])
+        return sa.case(*((sa.and_(*(key == value for key, value in zip(keys, group, strict=True))), float(mean[i])) for group, mean in of.items()))
+    rows = _aggregate(connection, source, keys, values, [by_group(i) for i in range(len(values))], extra)
+    return rows, *_from_rows(rows, len(keys), len(values)), np.array([of[tuple(row[:len(keys)])] for row in rows])
 
 def summarise_query(
     connection: Connection,            # from `store.database.reading`
@@ -453,12 +459,13 @@ def summarise_query(
         shift = np.array([float(mean or 0.0) for mean in means])
         shift[~np.isfinite(shift)] = 0.0
     extra = (sa.func.min(source.c.share), sa.func.max(source.c.share)) if "share" in source.c else ()
-    rows, count, sums, products, shift = _stable(connection, source, keys, values, shift, extra)
+    rows, count, sums, products, shifts = _stable(connection, source, keys, values, shift, extra)
     cells = [_cell(dict(zip(names, row[:len(names)], strict=True))) for row in rows]
     if extra: _check_shares(cells, rows)
-    found = from_sums(columns, cells, count, sums, products, shift, arms)
+    found = from_sums(columns, cells, count, sums, products, shifts, arms)
     if not (returning and "user_key" in source.c and len({cell.stage for cell in cells}) > 1): return found
-    return Summaries(found.columns, found.arms, found.cells, found.count, found.mean, found.scatter, _shared_query(connection, source, names, columns, shift))
+    shared = _shared_query(connection, source, names, columns, found.count @ found.mean / found.users())
+    return Summaries(found.columns, found.arms, found.cells, found.count, found.mean, found.scatter, shared)
 
 def _cell(found: dict[str, Any]) -> Cell:
     "Return the cell of a row."
@@ -480,7 +487,7 @@ def _shared_query(connection: Connection, source: Any, names: Sequence[str], col
     one, two = source.alias("one"), source.alias("two")
     both = one.join(two, sa.and_(one.c.user_key == two.c.user_key, one.c.stage < two.c.stage))
     keys = [side.c[name] for side in (one, two) for name in names]
-    rows, count, sums, products, shift = _stable(connection, both, keys, [side.c[name] for side in (one, two) for name in columns], np.r_[shift, shift])
+    rows, count, sums, products, shifts = _stable(connection, both, keys, [side.c[name] for side in (one, two) for name in columns], np.r_[shift, shift])
     if not len(rows): return nobody_shared(len(columns))
     pairs = [tuple(_cell(dict(zip(names, row[start:start + len(names)], strict=True))) for start in (0, len(names))) for row in rows]
-    return Shared(*_joined_by(pairs, count, shift + sums / count[:, None], products - sums[:, :, None] * sums[:, None, :] / count[:, None, None]))
+    return Shared(*_joined_by(pairs, count, shifts + sums / count[:, None], products - sums[:, :, None] * sums[:, None, :] / count[:, None, None]))
