@@ -18,7 +18,8 @@ from calling_ai.core.errors import CallingError, InputError, IntegrityError, Not
 from calling_ai.registry.versions import Registry, VersionDraft
 from calling_ai.score.formula import formula
 from calling_ai.score.policy import Policy, uniforms
-from calling_ai.serve.scorer import CHUNK, COLUMNS, Network, Scorer, choose_versions
+from calling_ai.score.release import ANSWER
+from calling_ai.serve.scorer import CHUNK, COLUMNS, Network, Score, Scored, Scorer, choose_versions
 
 NAMES = {"calling_score": "network_score", "outcome": "outcome_probability"}
 BOTH = {"calling_score": "champion", "outcome": "champion"}
@@ -66,6 +67,13 @@ def moments(rows: int, seed: int = 0, missing: float = 0.2) -> np.ndarray:
     return values
 
 
+def told(scored: Scored | Score) -> set[str]:
+    "Return every way that scores took, with its reason."
+    one = isinstance(scored, Score)
+    pairs = [(scored.path, scored.reason)] if one else zip(scored.path, scored.reason, strict=True)
+    return {f"{path}: {reason}" if reason else path for path, reason in pairs}
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
@@ -99,7 +107,7 @@ def test_numbers_equal_an_independent_reference(files, rows):
         scored.called[sure], ((probability > 0.5) & ((0.7 * expected + 0.3 * network) * probability >= 0.2))[sure]
     )
     np.testing.assert_array_equal(scored.missing, np.isnan(values).sum(axis=1))
-    assert len(scored) == rows and set(scored.path) <= {"network"} and not scored.explored.any()
+    assert len(scored) == rows and told(scored) <= {"network"} and not scored.explored.any()
 
 
 def test_frame_keeps_order_index_and_nothing_else(files):
@@ -131,9 +139,10 @@ def test_one_moment_equals_the_batch(files):
         score = scorer.score(moment)
         for name in ("formula_score", "network_score", "outcome_probability", "calling_score", "propensity"):
             np.testing.assert_allclose(getattr(score, name), getattr(batch, name)[row], rtol=1e-6)
-        assert (score.called, score.path, score.missing) == (
+        assert (score.called, score.path, score.reason, score.missing) == (
             bool(batch.called[row]),
             batch.path[row],
+            batch.reason[row],
             batch.missing[row],
         )
         assert (
@@ -142,7 +151,7 @@ def test_one_moment_equals_the_batch(files):
             and type(score.missing) is int
         )
     empty = scorer.score({})
-    assert (empty.missing, empty.path) == (45, "network") and 0 <= empty.calling_score <= 1
+    assert (empty.missing, told(empty)) == (45, {"network"}) and 0 <= empty.calling_score <= 1
 
 
 @settings(max_examples=80, deadline=None)
@@ -197,7 +206,7 @@ def test_any_request_gives_a_score_or_one_clear_error(request_):
     except InputError as error:
         assert str(error)
     else:
-        assert 0 <= score.calling_score <= 1 and score.path == "network"
+        assert 0 <= score.calling_score <= 1 and told(score) == {"network"}
 
 
 def test_one_odd_row_changes_no_bit_of_the_others():
@@ -218,9 +227,10 @@ def test_one_odd_row_changes_no_bit_of_the_others():
     before = odd.score_array(values)
     values[321, 0] = np.nan
     after, rest = odd.score_array(values), np.arange(1000) != 321
-    for name in ("calling_score", "called", "network_score", "outcome_probability", "path"):
+    for name in ("calling_score", "called", "network_score", "outcome_probability", "path", "reason", "answer"):
         np.testing.assert_array_equal(getattr(before, name)[rest], getattr(after, name)[rest])
-    assert after.path[321] == "formula with outcome model: gave no usable number" and after.weight[321] == 0
+    assert (after.path[321], after.reason[321]) == ("formula with outcome model", "gave no usable number")
+    assert after.weight[321] == 0
     np.testing.assert_allclose(
         after.calling_score[321], after.formula_score[321] * after.outcome_probability[321], rtol=1e-12
     )
@@ -235,7 +245,7 @@ def test_outputs_that_are_no_probability_fall_back_row_by_row(last):
     scored = Scorer({"outcome": network}, {"calling_score": "none"}, Policy()).score_array(values)
     assert 0 < usable.sum() < 500
     np.testing.assert_array_equal(~np.isnan(scored.outcome_probability), usable)
-    np.testing.assert_array_equal(scored.path == "formula with outcome model: none", usable)
+    np.testing.assert_array_equal((scored.path == "formula with outcome model") & (scored.reason == "none"), usable)
     np.testing.assert_allclose(scored.calling_score[~usable], scored.formula_score[~usable])
 
 
@@ -256,9 +266,9 @@ def test_a_model_that_fails_while_running_is_left_out(error):
         ("outcome", f"network without outcome model: failed with {name}"),
     ):
         scored = Scorer({**SCORER.networks, model: Broken(error)}, {}, SCORER.policy).score_array(values)
-        assert set(scored.path) == {path}
+        assert told(scored) == {path}
     scored = Scorer(dict.fromkeys(NAMES, Broken(error)), {}, SCORER.policy).score_array(values)
-    assert set(scored.path) == {f"formula: failed with {name}"}
+    assert told(scored) == {f"formula: failed with {name}"}
     np.testing.assert_array_equal(scored.calling_score, formula(values).formula_score)
 
 
@@ -273,7 +283,7 @@ def test_wrong_output_shape_falls_back():
     scored = Scorer(
         {"calling_score": Network(model.SerializeToString(), "calling_score", "x")}, {}, Policy(weight=0.3)
     ).score_array(moments(4))
-    assert set(scored.path) == {"formula: failed with ValueError; outcome model: no model given"}
+    assert told(scored) == {"formula: failed with ValueError; outcome model: no model given"}
 
 
 def spoil(path: Path) -> None:
@@ -315,11 +325,7 @@ def test_damaged_files_fall_back_and_heal(workspace, model, harm, word):
     harm(path)
     scored = Scorer.load(root=workspace).score_array(values)
     start = "formula with outcome model" if model == "calling_score" else "network without outcome model"
-    assert (
-        {way.split(": ")[0] for way in scored.path} == {start}
-        and word in scored.path[0]
-        and "backup" not in scored.path[0]
-    )
+    assert set(scored.path) == {start} and word in scored.reason[0] and "backup" not in scored.reason[0]
     assert np.isfinite(scored.calling_score).all()
     with pytest.raises(IntegrityError, match=word):
         Scorer.load(root=workspace, strict=True)
@@ -335,22 +341,22 @@ def test_database_away_or_damaged_gives_the_formula(workspace):
     held = database.read_bytes()
     database.write_bytes(b"nonsense" * 600)
     scored = Scorer.load(root=workspace).score_array(values)
-    assert set(scored.path) == {"formula: database calling_ai.db failed"}
+    assert told(scored) == {"formula: database calling_ai.db failed"}
     with pytest.raises(IntegrityError, match="restore it from a backup"):
         Scorer.load(root=workspace, strict=True)
     database.unlink()
-    assert set(Scorer.load(root=workspace).score_array(values).path) == {"formula: no model registered"}
+    assert told(Scorer.load(root=workspace).score_array(values)) == {"formula: no model registered"}
     with pytest.raises(NotFoundError, match="no model is registered"):
         Scorer.load(root=workspace, strict=True)
     database.write_bytes(held)
-    assert set(Scorer.load(root=workspace).score_array(values).path) == {"network"}
+    assert told(Scorer.load(root=workspace).score_array(values)) == {"network: no release of these versions"}
 
 
 def test_registered_but_no_champion(workspace, files):
     other = workspace / "other"
     other.mkdir()
     Registry(other).register([VersionDraft("outcome", "town", files["outcome"])])
-    assert set(Scorer.load(root=other).score_array(moments(2)).path) == {
+    assert told(Scorer.load(root=other).score_array(moments(2))) == {
         "formula: no model registered; outcome model: no champion of outcome"
     }
 
@@ -385,8 +391,8 @@ def test_named_versions_stay_what_they_are(workspace, files):
     assert Scorer.load(root=workspace).versions == {"calling_score": "v1.2-town", "outcome": "v1.0-town"}
     assert Scorer.load("previous", root=workspace).versions == {"calling_score": "v1.0-town"}
     assert (
-        Scorer.load("v3.0-coupons", root=workspace).score({}).path
-        == "formula with outcome model: no v3.0-coupons of calling_score"
+        told(Scorer.load("v3.0-coupons", root=workspace).score({}))
+        == {"formula with outcome model: no release of these versions; no v3.0-coupons of calling_score"}
     )
 
 
@@ -500,10 +506,10 @@ def test_formula_only_needs_nothing(tmp_path):
         "import sys\nfrom calling_ai.serve.scorer import Scorer\n"
         "score = Scorer.formula_only().score({'user_overall_energy': 0.9})\n"
         "heavy = ('pandas', 'torch', 'onnxruntime', 'sqlalchemy', 'matplotlib', 'scipy', 'prefect')\n"
-        "print(score.path, [name for name in heavy if name in sys.modules])"
+        "print(score.path, score.reason, [name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout == "formula: no model wanted []\n"
+    assert done.stdout == "formula no model wanted []\n"
 
 
 def test_loading_champions_stays_light(workspace):
