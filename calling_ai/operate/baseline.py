@@ -12,11 +12,9 @@ about everybody."""
 __all__ = ['INTERACTIONS', 'TOLD', 'BY_CALL', 'BY_SCORE', 'ACCEPTED', 'SUCCESS', 'LIMITS', 'EPOCH', 'Sufficiency', 'sufficiency',
            'share_of', 'Formula', 'Target', 'targets', 'Measured', 'measure', 'measure_log']
 
-# %% ../../nbs/operate/baseline.ipynb #fcc18e9e
+# %% ../../nbs/operate/baseline.ipynb #f8e84958
 import datetime as dt
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -61,14 +61,16 @@ def as_array(
         return np.array(["NaT" if value is None else value for value in values], dtype="datetime64[us]").astype(np.int64)
     return np.array([MISSING if value is None else value for value in values], dtype=np.int64)
 
-# %% ../../nbs/store/columns.ipynb #2bcfa6ee
+# %% ../../nbs/store/columns.ipynb #54e8f27b
 ROWS_A_BLOCK = 16_384  # rows in memory at once
 
 def _asked(column: Any, dialect: str) -> Any:
     "Return what to ask the database for, so that the driver's own value is what comes back."
     name, kind = column.key, kind_of(column)
     if kind == "number": return sa.func.coalesce(column, sa.literal_column("9e999" if dialect == "sqlite" else "'infinity'::float8", sa.Double)).label(name)
-    if dialect == "sqlite": return sa.type_coerce(column, {"flag": sa.Integer, "whole": sa.BigInteger}.get(kind, sa.Text)).label(name)
+    if dialect == "sqlite":
+        plain: Any = {"flag": sa.Integer, "whole": sa.BigInteger}.get(kind, sa.Text)
+        return sa.type_coerce(column, plain).label(name)
     if kind == "moment": return sa.cast(sa.extract("epoch", column) * 1_000_000, sa.BigInteger).label(name)
     return sa.cast(column, sa.Text).label(name) if isinstance(column.type, Identifier) else column
 
@@ -79,7 +81,7 @@ def _blocks(connection: Connection, asked: sa.Select, rows: int) -> Iterator[Seq
         return
     result = connection.execute(asked)
     try:
-        while block := result.cursor.fetchmany(rows): yield block  # type: ignore[attr-defined]
+        while block := result.cursor.fetchmany(rows): yield block
     finally: result.close()
 
 def stream(

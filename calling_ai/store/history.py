@@ -15,10 +15,9 @@ __all__ = ['RECENCY_HALF_LIFE', 'ACTIVITY_HALF_LIFE', 'ACTIVITY_SCALE', 'FULL_CO
            'check_outcomes', 'history_features', 'Messages', 'standings', 'Past', 'messages_select', 'counting',
            'to_messages', 'user_history', 'HistoryState']
 
-# %% ../../nbs/store/history.ipynb #897654de
+# %% ../../nbs/store/history.ipynb #48948342
 import datetime as dt
 import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,14 +205,14 @@ def history_features(*,
         table = table[order[~pd.Series(np.asarray(outcome_id)[order]).duplicated().to_numpy()]]
     return map_history(tally_before(np.tile(NOTHING, (len(keys), 1)), table, codes[: len(at)], at), at)
 
-# %% ../../nbs/store/history.ipynb #802caad2
+# %% ../../nbs/store/history.ipynb #645a879f
 @dataclass(frozen=True)
 class Messages(Record):
     "What was said about decisions; n items each."
     user: np.ndarray = explained("user index")
     decision: np.ndarray = explained("decision index")
-    key: Sequence[str] = explained("idempotency key of the message")
-    corrects: Sequence[str | None] = explained("key of the message it corrects, or nothing")
+    key: Any = explained("idempotency key of the message")
+    corrects: Any = explained("key of the message it corrects, or nothing")
     seen: np.ndarray = explained("visible strictly after this moment, days")
     happened: np.ndarray = explained("when it happened, days")
     dated: np.ndarray = explained("the moment it is dated to, days, at most `seen`")

@@ -11,9 +11,9 @@ adds up what a reader must know before using the weights. What was not known at 
 __all__ = ['RENAMED', 'LEFT_OUT', 'LABEL_COLUMNS', 'STATES', 'YOUNG', 'log_columns', 'micros_of', 'LabelQuery', 'Told',
            'read_outcomes', 'action_weights', 'complete', 'Counting']
 
-# %% ../../nbs/store/labels.ipynb #5b2ef4ba
+# %% ../../nbs/store/labels.ipynb #b649e5b8
 import datetime as dt
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class LabelQuery(Record):
         return {name: value if isinstance(value, str) else value.astimezone(dt.UTC).isoformat() if isinstance(value, dt.datetime) else float(value)
                 for name, value in super().to_dict().items()}
 
-# %% ../../nbs/store/labels.ipynb #b1aebcd1
+# %% ../../nbs/store/labels.ipynb #10611a0a
 def _whole_decisions(blocks: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
     "Yield blocks in which no decision is cut in two."
     held: dict[str, np.ndarray] = {}
@@ -103,7 +103,7 @@ class Told(Record):
     labels: dict[str, np.ndarray] = explained("current outcome within the window, in order of the decisions")
 
     def history(self,
-        user_key: Sequence[str],  # pseudonyms
+        user_key: Any,           # pseudonyms
         decided_at: np.ndarray,   # microseconds
     ) -> np.ndarray:  # n x 6
         "Return the history features of decisions."
@@ -157,14 +157,15 @@ def complete(
     columns = block | {name: history[:, place] for place, name in enumerate(FEATURE_NAMES[HISTORY])} | _label(block, told, query)
     return columns | {"inverse_propensity": action_weights(block["called"], block["propensity"], query.clip)}
 
-# %% ../../nbs/store/labels.ipynb #1ce3710a
+# %% ../../nbs/store/labels.ipynb #78301717
 class Counting:
     "Counts rows block by block."
 
     def __init__(self,
         clip: float = np.inf,  # largest weight
     ) -> None:
-        self.clip, self.people, self.states = clip, set(), dict.fromkeys(STATES, 0)
+        self.clip, self.states = clip, dict.fromkeys(STATES, 0)
+        self.people: set[str] = set()
         self.sums, self.history_differs = np.zeros(4), 0  # rows with an outcome, their weights, squares, clipped
 
     def add(self,
