@@ -18,8 +18,8 @@ from calling_ai.core.errors import CallingError, InputError, IntegrityError, Not
 from calling_ai.registry.versions import Registry, VersionDraft
 from calling_ai.score.formula import formula
 from calling_ai.score.policy import Policy, uniforms
-from calling_ai.score.release import ANSWER
-from calling_ai.serve.scorer import CHUNK, COLUMNS, Network, Score, Scored, Scorer, choose_versions
+from calling_ai.serve.releases import CHUNK, Network, choose_versions
+from calling_ai.serve.scorer import COLUMNS, Score, Scored, Scorer
 
 NAMES = {"calling_score": "network_score", "outcome": "outcome_probability"}
 BOTH = {"calling_score": "champion", "outcome": "champion"}
@@ -390,10 +390,9 @@ def test_named_versions_stay_what_they_are(workspace, files):
     assert Scorer.load("v1.1-town", root=workspace).versions == dict.fromkeys(NAMES, "v1.1-town")
     assert Scorer.load(root=workspace).versions == {"calling_score": "v1.2-town", "outcome": "v1.0-town"}
     assert Scorer.load("previous", root=workspace).versions == {"calling_score": "v1.0-town"}
-    assert (
-        told(Scorer.load("v3.0-coupons", root=workspace).score({}))
-        == {"formula with outcome model: no release of these versions; no v3.0-coupons of calling_score"}
-    )
+    assert told(Scorer.load("v3.0-coupons", root=workspace).score({})) == {
+        "formula with outcome model: no release of these versions; no v3.0-coupons of calling_score"
+    }
 
 
 @pytest.mark.parametrize("name", ["v9.9-town", "latest", "challenger"])

@@ -174,7 +174,7 @@ def inspect_model(
         raise RefusedError(f"model file has the inputs {inputs}: it must have one, features, float32, batch x 39 or batch x 45")
     return ModelFacts(found, sizes[1], OPSET, tuple(operators), len(data))
 
-# %% ../../nbs/serve/guard.ipynb #63f46342
+# %% ../../nbs/serve/guard.ipynb #0aa96017
 _CHILD = """
 import resource, sys
 data, megabytes, seconds = sys.stdin.buffer.read(), int(sys.argv[1]), int(sys.argv[2])
@@ -203,7 +203,7 @@ def try_out(
     patience: float = 30.0, # seconds until the child is given up, also where the machine is busy
 ) -> None:
     "Open and run a model file in a limited child process; a `RefusedError` says that it did not come back well."
-    limits = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
     try:
         done = subprocess.run([sys.executable, "-c", _CHILD, str(megabytes), str(seconds)], input=data, capture_output=True, env=kept | limits, timeout=patience)

@@ -14,9 +14,8 @@ __all__ = ['CHUNK', 'Ask', 'KEPT', 'open_session', 'Network', 'usable', 'Parts',
            'find_wanted', 'remember', 'Memory', 'Opened', 'brief', 'open_release', 'open_network', 'open_parts',
            'open_wanted']
 
-# %% ../../nbs/serve/releases.ipynb #520e7d12
+# %% ../../nbs/serve/releases.ipynb #b30d2a70
 import contextlib
-import dataclasses
 import json
 import sqlite3
 import urllib.parse
@@ -290,7 +289,7 @@ class Memory:
         with contextlib.suppress(CallingError, OSError):
             if (wanted, good) != self.recall(): write_json(self.file, {"database": self.database, "wanted": wanted, "good": good})
 
-# %% ../../nbs/serve/releases.ipynb #dd4faeb1
+# %% ../../nbs/serve/releases.ipynb #6764e3b4
 @dataclass(frozen=True)
 class Opened(Record):
     "What was opened, and why it is not what was wanted."
@@ -320,10 +319,14 @@ def open_network(
     model: str,                # calling_score or outcome
     item: Mapping[str, Any],   # version, digest and size
 ) -> Network:
-    "Open a registered network."
+    "Open a registered network, and let it prove itself."
     remedy = f"restore {item['digest']}.onnx from a backup, or train again"
     name = f"model file of {model} {item['version']}"
-    return Network(read_checked(found.var / "models" / f"{item['digest']}.onnx", item["digest"], item["size"], name, remedy), model, item["version"])
+    network = Network(read_checked(found.var / "models" / f"{item['digest']}.onnx", item["digest"], item["size"], name, remedy), model, item["version"])
+    try: said = network.run(_PROBES)
+    except Exception as error: raise IntegrityError(f"{name} does not run ({type(error).__name__}): {remedy}") from error
+    if np.isnan(said).all(): raise IntegrityError(f"{name} gives no usable number for rows that it must know: {remedy}")
+    return network
 
 def open_parts(
     found: Settings,  # of the workspace

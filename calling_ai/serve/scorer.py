@@ -13,7 +13,7 @@ Importing this module brings numpy and nothing heavier."""
 # %% auto #0
 __all__ = ['FAILURES', 'Health', 'Live', 'Served', 'Counts', 'tell', 'rows_of', 'Scorer', 'replay']
 
-# %% ../../nbs/serve/scorer.ipynb #3663f61c
+# %% ../../nbs/serve/scorer.ipynb #e57e7efb
 import concurrent.futures
 import dataclasses
 import datetime as dt
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.contract import ASSESSMENT_NAMES, FEATURE_NAMES, MODELS, TREND_NAMES, FeatureTable, feature_table
-from ..core.errors import InputError, IntegrityError, NotFoundError, explain_os_error
+from ..core.errors import InputError, NotFoundError, explain_os_error
 from ..core.files import read_checked, sha256_bytes
 from ..core.records import Record, explained
 from ..core.settings import Settings, settings
@@ -39,8 +39,9 @@ from ..score.policy import Policy, explore
 from ..score.release import ANSWER, LEVELS, TERMS, Dials
 from .guard import LARGEST, RELEASE, inspect_model, try_out
 from .releases import (
-    CHUNK, Ask, Graph, Memory, Network, Opened, Parts, Wanted, brief, choose_versions, find_wanted, open_network, open_release, open_wanted, remember)
-from .requests import COLUMNS, WAYS, Score, Scored, one_score, read_moment, reasons_of
+    Ask, Graph, Memory, Network, Opened, Parts, Wanted, brief, find_wanted, open_network, open_release, open_wanted, remember)
+from .requests import COLUMNS as COLUMNS  # applications look for it here
+from .requests import WAYS, Score, Scored, one_score, read_moment, reasons_of
 
 if TYPE_CHECKING:
     from calling_ai.store.writer import LogWriter
