@@ -16,7 +16,7 @@ __all__ = ['ESTIMATORS', 'Fit', 'Logged', 'logged', 'ips', 'clipped_ips', 'snips
            'call_log', 'call_chances', 'logged_calls', 'ridge', 'cross_fit', 'call_features', 'PolicyComparison',
            'compare_policies', 'plot_overlap', 'logged_actions', 'action_rates', 'open_bandit']
 
-# %% ../../nbs/experiments/off_policy.ipynb #ac596fbb
+# %% ../../nbs/experiments/off_policy.ipynb #c185a725
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.contract import FEATURE_NAMES, HISTORY, index_of
+from ..core.contract import FEATURE_NAMES, HISTORY, TREND_NAMES, index_of
 from ..core.errors import InputError, NotFoundError, RefusedError
 from ..core.plots import COLOURS
 from ..core.records import Estimate, Record, explained
@@ -188,7 +188,7 @@ def standard_error(
     sums = np.bincount(user, terms - terms.mean())
     return float(np.sqrt((sums**2).sum() * len(sums) / max(1, len(sums) - 1)) / len(terms))
 
-# %% ../../nbs/experiments/off_policy.ipynb #8031becd
+# %% ../../nbs/experiments/off_policy.ipynb #34f20837
 @dataclass(frozen=True)
 class Limits(Record):
     "What a log must offer before an estimate is shown."
@@ -245,7 +245,7 @@ def doubts(
         (found.effective_rows < limits.effective_rows, f"the effective sample size is {found.effective_rows:,.0f}, at least {limits.effective_rows:,.0f} is needed"),
         (found.user_share > limits.user_share, f"one user carries {found.user_share:.0%} of the weight, at most {limits.user_share:.0%} may be"),
         (far > limits.mean_weight, f"the mean weight is {found.mean_weight:.2f}, it must be within {limits.mean_weight:g} of 1"),
-        (far > limits.mean_weight_errors * found.mean_weight_error + 0.01,
+        (found.unsupported <= limits.unsupported and far > limits.mean_weight_errors * found.mean_weight_error + 0.01,
          f"the mean weight is {found.mean_weight:.3f}, {far / max(found.mean_weight_error, 1e-12):.0f} standard errors from 1: the logged propensities are wrong"),
     ]
     return [reason for failed, reason in checks if failed]
@@ -318,7 +318,7 @@ def _skewed(terms: np.ndarray, user: np.ndarray, limits: Limits) -> list[str]:
     needed, users = users_needed(terms, user, limits.skewness), int(user.max()) + 1
     return [f"rewards and weights are so skewed that {needed:,.0f} users are needed, there are {users:,}"] if needed > users else []
 
-# %% ../../nbs/experiments/off_policy.ipynb #98a10eb2
+# %% ../../nbs/experiments/off_policy.ipynb #d313b8f7
 @dataclass(frozen=True)
 class CallLog(Record):
     "Decisions with what came of them; arrays of n rows."
@@ -328,7 +328,7 @@ class CallLog(Record):
     heard: np.ndarray = explained("whether an outcome is known, for calls")
     user: np.ndarray = explained("user keys")
     features: np.ndarray = explained("n x 45, NaN = missing")
-    scores: dict[str, Any] = explained("formula_score, network_score, outcome_probability, refused, as far as they are logged")
+    scores: dict[str, Any] = explained("formula_score, network_score, outcome_probability, trend, refused, as far as they are logged")
 
     def __len__(self) -> int: return len(self.called)
 
@@ -351,9 +351,10 @@ def call_log(
                                    row=int(bad.argmax()), column="propensity")
     heard = called & ~np.isnan(score)
     scores = {name: frame[name].to_numpy(bool if name == "refused" else float) for name in ("formula_score", "network_score", "outcome_probability", "refused") if name in frame.columns}
+    if set(TREND_NAMES) <= set(frame.columns) and frame[list(TREND_NAMES)].notna().to_numpy().any(): scores["trend"] = frame[list(TREND_NAMES)].to_numpy(float)
     return CallLog(called, chance, np.where(heard, score - 0.5, 0.0), heard, frame[user].to_numpy(), frame[list(FEATURE_NAMES)].to_numpy(float), scores)
 
-# %% ../../nbs/experiments/off_policy.ipynb #ecdf6762
+# %% ../../nbs/experiments/off_policy.ipynb #0f2202ed
 def call_chances(
     log: CallLog,
     policy: Policy | np.ndarray,  # a policy on the logged scores, or n probabilities of a call
@@ -361,7 +362,7 @@ def call_chances(
     "Return the probability with which a policy would have called in each row."
     if isinstance(policy, Policy):
         return decide(log.scores["formula_score"], log.scores.get("network_score"), log.scores.get("outcome_probability"), policy=policy,
-                      decision_ids=np.arange(len(log)), refused=log.scores.get("refused")).propensity
+                      decision_ids=np.arange(len(log)), trend=log.scores.get("trend"), refused=log.scores.get("refused")).propensity
     chances = np.asarray(policy, dtype=float)
     if chances.shape != (len(log),) or not ((chances >= 0) & (chances <= 1)).all():
         raise InputError(f"policy has shape {chances.shape}: it must be a Policy, or one probability of a call in [0, 1] for each of the {len(log)} rows")
