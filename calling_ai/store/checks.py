@@ -12,7 +12,7 @@ user ids become pseudonyms here, and go no further."""
 __all__ = ['MISSING', 'EPOCH', 'LONGEST_WORDS', 'CHECKS', 'columns_of', 'Texts', 'check_numbers', 'check_whole', 'check_flags',
            'check_times', 'check_ids', 'check_texts', 'Batch', 'batch']
 
-# %% ../../nbs/store/checks.ipynb #02379156
+# %% ../../nbs/store/checks.ipynb #bd4f686e
 import datetime as dt
 import uuid
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ import numpy as np
 from ..core.contract import _numbers, check_range
 from ..core.errors import InputError, InputTypeError
 from ..core.records import Record, explained
-from .identity import check_text, pseudonyms
+from .identity import LONGEST_ID, check_text, pseudonyms
 from .schema import Column
 
 # %% ../../nbs/store/checks.ipynb #5d985faa
@@ -56,7 +56,7 @@ def columns_of(
         else: return {name: frame[name].to_list() for name in frame.columns}, len(frame)
     raise InputTypeError(f"data is a {type(data).__name__}: it must be a frame, a dictionary of columns, a record, or a list of dictionaries or records")
 
-# %% ../../nbs/store/checks.ipynb #ac9053dd
+# %% ../../nbs/store/checks.ipynb #6c712a78
 MISSING = None
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _HEXADECIMAL = np.zeros(256, bool)
@@ -73,14 +73,16 @@ class Texts:
         rows: slice,
     ) -> list[str | None]:
         "Return the texts of some rows."
-        return np.array([*self.words, None], dtype=object)[self.codes[rows]].tolist()
+        words = [*self.words, None] if len(self.words) < 1_000 else self.words
+        if words is self.words and (self.codes[rows] < 0).any(): words = [*self.words, None]
+        return [words[code] for code in self.codes[rows].tolist()]
 
 def _at(row: int, name: str) -> str: return f"row {row}, column {name}: "
 
 def _missing(row: int, column: Column) -> InputError:
     return InputError(f"{_at(row, column.name)}nothing is given; {column.meaning} must be there", row, column.name)
 
-def _series(values: Any) -> bool: return type(values).__module__.startswith("pandas.") and hasattr(values, "dtype")
+def _series(values: Any) -> bool: return type(values).__module__.partition(".")[0] == "pandas" and hasattr(values, "dtype")
 
 def _plain(values: Any) -> list[Any]:
     "Return a column as Python values, None where it is missing."
@@ -154,10 +156,10 @@ def check_times(
         raise InputError(f"{_at(row, column.name)}the time is before 1970; the clock was not set", row, column.name)
     return found
 
-# %% ../../nbs/store/checks.ipynb #744c378a
+# %% ../../nbs/store/checks.ipynb #be20e391
 def _canonical(texts: Sequence[Any], width: int, dashes: Sequence[int] = ()) -> bool:
     "Say whether all texts are lower-case hexadecimal digits of that width, with dashes where they belong."
-    if not all(type(text) is str for text in texts) or any(len(text) != width for text in texts): return False
+    if not set(map(type, texts)) <= {str} or not set(map(len, texts)) <= {width}: return False
     try: block = np.frombuffer("".join(texts).encode("ascii"), np.uint8).reshape(-1, width)
     except UnicodeEncodeError: return False
     digits = np.setdiff1d(np.arange(width), dashes)
@@ -182,7 +184,17 @@ def check_ids(
             except ValueError: raise InputError(f"{_at(row, column.name)}{value[:60]!r} is not an identifier; it must be a UUID", row, column.name) from None
     return found
 
-# %% ../../nbs/store/checks.ipynb #d4bc29d3
+# %% ../../nbs/store/checks.ipynb #aaf74af3
+def _fine(words: Sequence[Any], longest: int) -> bool:
+    "Say whether all are texts that every database can keep."
+    if not set(map(type, words)) <= {str} or not words: return not words
+    if not 0 < min(map(len, words)) <= max(map(len, words)) <= longest: return False
+    joined = "".join(words)
+    if "\0" in joined: return False
+    try: joined.encode()
+    except UnicodeEncodeError: return False
+    return True
+
 def _factorised(values: Any) -> Texts:
     "Return a column as distinct values and the position of each row in them; -1 is missing."
     if _series(values):
@@ -191,6 +203,9 @@ def _factorised(values: Any) -> Texts:
         return Texts(codes, words.tolist())
     known: dict[Any, int] = {}
     given = _plain(values)
+    if set(map(type, given)) <= {str}:
+        number = known.setdefault
+        return Texts(np.array([number(value, len(known)) for value in given], dtype=np.intp), list(known))
     try: codes = [-1 if _none(value) else known.setdefault((type(value), value), len(known)) for value in given]
     except TypeError: return Texts(np.arange(len(given)), given)  # not even hashable: the check will say so
     return Texts(np.array(codes, dtype=np.intp), [value for _, value in known])
@@ -202,7 +217,8 @@ def check_texts(
     "Check texts: pseudonyms, names that others give, words that we write."
     texts = _factorised(values)
     if column.required and (texts.codes < 0).any(): raise _missing(int((texts.codes < 0).argmax()), column)
-    longest = LONGEST_WORDS if column.kind == "words" else 200
+    longest = LONGEST_WORDS if column.kind == "words" else LONGEST_ID
+    if not column.choices and (_canonical(texts.words, 64) if column.kind == "key" else _fine(texts.words, longest)): return texts
     for code, word in enumerate(texts.words):
         row = lambda code=code: int((texts.codes == code).argmax())  # noqa: E731
         try: check_text(word, column.name, longest)
@@ -213,7 +229,7 @@ def check_texts(
             raise InputError(f"{_at(row(), column.name)}{word!r:.20} is not a pseudonym of 64 hexadecimal digits; give the raw id as user_id", row(), column.name)
     return texts
 
-# %% ../../nbs/store/checks.ipynb #0a169303
+# %% ../../nbs/store/checks.ipynb #1ee467a6
 @dataclass(frozen=True)
 class Batch(Record):
     "Checked columns."
@@ -235,6 +251,18 @@ class Batch(Record):
         column = self.columns[name]
         if isinstance(column, Texts): return column.cells(rows)
         return column[rows] if isinstance(column, list) else column[rows].tolist()
+
+    def filled(self,
+        name: str,    # of a column of numbers
+        rows: slice,
+    ) -> list[Any]:
+        "Return some rows of a column with nothing in place of missing numbers."
+        column = self.columns[name][rows]
+        gaps = np.isnan(column)
+        if not gaps.any(): return column.tolist()
+        cells = column.astype(object)
+        cells[gaps] = None
+        return cells.tolist()
 
     def take(self,
         chosen: np.ndarray,  # positions or a mask

@@ -10,9 +10,10 @@ reads back as frames; it computes nothing."""
 
 # %% auto #0
 __all__ = ['WAIT_SECONDS', 'ATTEMPTS', 'T', 'Decision', 'Outcome', 'example_decisions', 'example_outcomes', 'Written',
-           'ErasedRows', 'LogCounts', 'received', 'check_outcomes_follow', 'check_corrections', 'DecisionLog']
+           'ErasedRows', 'LogCounts', 'received', 'last_row', 'check_outcomes_follow', 'check_corrections',
+           'DecisionLog']
 
-# %% ../../nbs/store/decisions.ipynb #fb4f4ee9
+# %% ../../nbs/store/decisions.ipynb #c653cc73
 import dataclasses
 import datetime as dt
 import random
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
 from ..core.contract import ASSESSMENT_NAMES, FEATURE_NAMES, TREND_NAMES
@@ -33,7 +35,7 @@ from ..core.settings import Settings, settings
 from .bulk import existing, insert
 from .checks import EPOCH, Batch, batch
 from .columns import read_columns
-from .database import Moment, database_time, engine, micros, reading, writing
+from .database import Identifier, Moment, database_time, engine, micros, reading, writing
 from .identity import check_text, fingerprint, pseudonym, tombstone, user_secret, uuid7
 from .migrations import ensure
 from .schema import (
@@ -174,7 +176,7 @@ class LogCounts(Record):
     impossible: int = explained("messages that say they happened before their decision; they count for nothing")
     forgotten: int = explained("people who asked to be forgotten")
 
-# %% ../../nbs/store/decisions.ipynb #7ac146f5
+# %% ../../nbs/store/decisions.ipynb #7d0aebb7
 _DECISION_CONTENT = [name for name in DECISION_COLUMNS if name != "recorded_at"]
 _OUTCOME_CONTENT = [name for name in OUTCOME_COLUMNS if name != "received_at"]
 
@@ -202,27 +204,45 @@ def received(
     if (np.diff(arrived) >= 0).all() or len(set(held.columns["id"] if isinstance(held.columns["id"], list) else held.columns["id"].codes.tolist())) == held.rows: return held
     return held.take(np.argsort(arrived, kind="stable"))
 
+def last_row(
+    connection: Connection,
+) -> int:
+    "Return the number of the last row of outcomes in SQLite, to know later which are new; PostgreSQL does not number rows."
+    return 0 if connection.dialect.name != "sqlite" else connection.scalar(sa.text("SELECT max(rowid) FROM outcomes")) or 0
+
 def check_outcomes_follow(
     connection: Connection,
-    held: Batch,           # outcomes
+    held: Batch,           # outcomes, written already in this transaction
+    before: int,           # last row before it, from `last_row`
     skew_seconds: float,   # how far two clocks may differ
     strict: bool,          # their decisions must be known
 ) -> None:
     "Raise an error if an outcome happened before its decision, or if its decision must be known and is not."
-    ids, skew = held.columns["decision_id"], round(skew_seconds * 1e6)
-    rows = existing(connection, decisions, "id", ids, [decisions.c.id, micros(decisions.c.decided_at)])
-    known = dict(rows)
-    if not known and not strict: return
-    decided = np.array([known.get(identifier, -1) for identifier in ids])
-    if strict and (decided < 0).any():
-        row = int((decided < 0).argmax())
-        raise InputError(f"row {held.position(row)}, column decision_id: {ids[row]} is a decision that the log does not know", held.position(row), "decision_id")
-    early = (decided >= 0) & (held.columns["happened_at"] < decided - skew)
-    if early.any():
-        row = int(early.argmax())
-        seconds = (decided[row] - held.columns["happened_at"][row]) / 1e6
-        raise InputError(f"row {held.position(row)}, column happened_at: the outcome happened {seconds:,.0f} seconds before its decision; "
-                         f"two clocks may differ by {skew_seconds:g} seconds", held.position(row), "happened_at")
+    skew, decided = round(skew_seconds * 1e6), micros(decisions.c.decided_at)
+    if connection.dialect.name == "sqlite":
+        new, happened = sa.literal_column("outcomes.rowid") > before, micros(outcomes.c.happened_at)
+        source: Any = outcomes.outerjoin(decisions, decisions.c.id == outcomes.c.decision_id)
+        message = outcomes.c.decision_id
+        early = sa.and_(new, outcomes.c.happened_at < decisions.c.decided_at, happened < decided - skew)  # texts are compared before numbers are made
+    else:
+        given = sa.func.unnest(sa.bindparam("ids", type_=postgresql.ARRAY(Identifier)), sa.bindparam("times", type_=postgresql.ARRAY(sa.BigInteger)))
+        rows = given.table_valued(sa.column("decision_id", Identifier), sa.column("happened", sa.BigInteger)).render_derived()
+        source, message, happened, new = rows.outerjoin(decisions, decisions.c.id == rows.c.decision_id), rows.c.decision_id, rows.c.happened, sa.true()
+        early = happened < decided - skew
+    arrays = {} if connection.dialect.name == "sqlite" else {"ids": held.columns["decision_id"], "times": held.columns["happened_at"].tolist()}
+    def row_of(identifier: str, moment: int | None = None) -> int:
+        same = [row for row, item in enumerate(held.columns["decision_id"]) if item == identifier and (moment is None or held.columns["happened_at"][row] == moment)]
+        return held.position(same[0])
+    wrong = connection.execute(sa.select(message, happened, decided).select_from(source).where(early).limit(1), arrays).first()
+    if wrong is not None:
+        row = row_of(wrong[0], wrong[1])
+        raise InputError(f"row {row}, column happened_at: the outcome happened {(wrong[2] - wrong[1]) / 1e6:,.0f} seconds before its decision; "
+                         f"two clocks may differ by {skew_seconds:g} seconds", row, "happened_at")
+    if strict:
+        wrong = connection.execute(sa.select(message).select_from(source).where(new, decisions.c.id.is_(None)).limit(1), arrays).first()
+        if wrong is not None:
+            row = row_of(wrong[0])
+            raise InputError(f"row {row}, column decision_id: {wrong[0]} is a decision that the log does not know", row, "decision_id")
 
 def check_corrections(
     connection: Connection,
@@ -249,7 +269,7 @@ def check_corrections(
             step = found[step].corrects if step in found else None
         if step is not None: raise InputError(f"row {at}, column corrects: {key!r:.60} would correct itself by way of {targets[row]!r:.60}", at, "corrects")
 
-# %% ../../nbs/store/decisions.ipynb #357c40c5
+# %% ../../nbs/store/decisions.ipynb #5bbc3501
 WAIT_SECONDS = 600.0  # how long SQLite waits for another process that writes
 ATTEMPTS = 10         # of a transaction that PostgreSQL ended because of a deadlock
 T = TypeVar("T")
@@ -395,8 +415,9 @@ class DecisionLog:
             held = held.take(np.array([item not in dropped for item in held.columns["decision_id"]], dtype=bool))
         if connection.dialect.name == "postgresql" and "corrects" in held.columns and any(held.cells("corrects", slice(None))):
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext("corrections"))))  # two at once could close a circle
+        before = last_row(connection)
         written = insert(connection, outcomes, held, ["id"], _OUTCOME_CONTENT)
-        check_outcomes_follow(connection, held, self.clock_skew_seconds, strict)
+        if written or strict: check_outcomes_follow(connection, held, before, self.clock_skew_seconds, strict)
         check_corrections(connection, held)
         return Written(given, written, held.rows - written, given - held.rows)
 
