@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from calling_ai.core.errors import InputError
-from calling_ai.score.policy import Decisions, Policy, decide, hybrid_scores, uniforms
+from calling_ai.core.records import Estimate
+from calling_ai.score.policy import WEIGHTS, Decisions, Policy, decide, earned_weight, hybrid_scores, uniforms
 
 NAN = math.nan
 WORD = 2**64
@@ -390,3 +391,20 @@ def test_a_million_rows_in_one_call() -> None:
         assert_allclose(found.calling_score[index], expected["calling_score"], rtol=1e-12)
         assert (found.called[index], found.explored[index]) == (expected["called"], expected["explored"])
     assert "1,000,000" in found._repr_html_()
+
+
+@given(
+    weight=st.floats(0, 0.5),
+    ends=st.lists(st.floats(-1, 1), min_size=2, max_size=2).map(sorted),
+)
+def test_a_weight_moves_one_step_and_only_on_evidence(weight: float, ends: list[float]) -> None:
+    gain = Estimate(sum(ends) / 2, *ends)
+    found = earned_weight(weight, gain)
+    assert found in WEIGHTS and abs(found - weight) <= 0.1 + 1e-9
+    if ends[0] > 0:
+        assert found > weight or weight >= 0.5 - 1e-9
+    elif ends[1] < 0:
+        assert found < weight or weight <= 1e-9
+    else:
+        assert found <= weight + 1e-9
+    assert earned_weight(weight, None) <= weight + 1e-9
