@@ -355,7 +355,8 @@ def test_users_of_two_stages_against_a_sum_over_users(metric: Metric) -> None:
     weight = {stage: count[stage].prod() / count[stage].sum() for stage in ("10%", "50%")}
     total = sum(weight.values())
     standard = {
-        arm: sum(weight[stage] / total * means.loc[(stage, arm)] for stage in weight) for arm in ("control", "treatment")
+        arm: sum(weight[stage] / total * means.loc[(stage, arm)] for stage in weight)
+        for arm in ("control", "treatment")
     }
     parts = []
     for (stage, arm), part in groups:
@@ -458,7 +459,11 @@ GOOD = two(y=sample(1), x=sample(2))
         (two(y=([-1, -2], [1, 2])), {"relative": True}, "a control above zero"),
         (two(y=([1, 2], [-1, -2])), {"relative": True, "interval": "log"}, "a treatment above zero"),
         (two(y=([1, 2], [1, 2]), s=([0, 0], [1, 1])), {"metric": Metric("y", "s")}, "must be above zero in both arms"),
-        (two(y=([1, 2, 3], [1, 2, 3]), x=([1, 2, 3], [1, 2, 3]), z=([1, 5, 3], [1, 0, 3])), {"adjust": "regression", "covariates": ("x", "z")}, "too few to estimate"),
+        (
+            two(y=([1, 2, 3], [1, 2, 3]), x=([1, 2, 3], [1, 2, 3]), z=([1, 5, 3], [1, 0, 3])),
+            {"adjust": "regression", "covariates": ("x", "z")},
+            "too few to estimate",
+        ),
     ],
 )
 def test_bad_questions_are_refused(data: Summaries, options: dict[str, Any], message: str) -> None:
@@ -488,7 +493,9 @@ def test_no_number_looks_fine_that_is_not() -> None:
 def test_strata_without_both_arms_are_left_out_and_counted() -> None:
     parts = [
         summarise({"arm": ["control", "treatment"] * 50, "y": np.arange(100.0) % 7, "stage": ["50%"] * 100}),
-        summarise({"arm": ["treatment"] * 40, "y": np.arange(40.0), "stage": ["100%"] * 40}, arms=("control", "treatment")),
+        summarise(
+            {"arm": ["treatment"] * 40, "y": np.arange(40.0), "stage": ["100%"] * 40}, arms=("control", "treatment")
+        ),
         summarise({"arm": ["control"] * 9 + ["treatment"], "y": np.arange(10.0), "stage": ["10%"] * 10}),
     ]
     found = compare(parts[0] + parts[1] + parts[2])

@@ -47,7 +47,9 @@ def frame_of(seed: int, rows: int = 400, users: int = 150, offset: float = 0.0) 
 def units_of(frame: pd.DataFrame) -> pd.DataFrame:
     """Return one row a user and stage, added up by pandas."""
     keys = frame.groupby(["user_key", "stage"])
-    return keys.agg(arm=("arm", "first"), day=("day", "min"), y=("y", "sum"), s=("s", "sum"), x=("x", "first")).reset_index()
+    return keys.agg(
+        arm=("arm", "first"), day=("day", "min"), y=("y", "sum"), s=("s", "sum"), x=("x", "first")
+    ).reset_index()
 
 
 def assert_same(one: Summaries, other: Summaries, rtol: float = 1e-9) -> None:
@@ -183,7 +185,11 @@ BAD = [
     ({"arm": ["a", "b"]}, {}, "lacks the columns y"),
     ({"arm": ["a", "b"], "y": [1, 2], "user_key": ["u", "u"]}, {}, "1 users are in two arms of the same stage"),
     ({"arm": ["a", "a"], "y": [1, 2], "user_key": ["u", None]}, {}, "row 1 has no user"),
-    ({"arm": ["a", "a"], "y": [1, 2], "x": [1, 2], "user_key": ["u", "u"]}, {"covariates": ("x",)}, "differs within a user"),
+    (
+        {"arm": ["a", "a"], "y": [1, 2], "x": [1, 2], "user_key": ["u", "u"]},
+        {"covariates": ("x",)},
+        "differs within a user",
+    ),
     ({"arm": ["a", "a"], "y": [1, 2], "share": [0.1, 0.5]}, {}, "a split that changes begins a new stage"),
     ({"arm": ["a", "a"], "y": [1, 2], "share": [0.1, 1.5]}, {}, "share is 1.5"),
     (
@@ -248,7 +254,9 @@ def test_unlike_summaries_do_not_add_up() -> None:
 
 
 def test_pool_takes_away_everything() -> None:
-    count, mean, scatter = pool(np.array([3.0, -3.0]), np.ones((2, 1)), np.array([[[2.0]], [[-2.0]]]), np.zeros(2, int), 1)
+    count, mean, scatter = pool(
+        np.array([3.0, -3.0]), np.ones((2, 1)), np.array([[[2.0]], [[-2.0]]]), np.zeros(2, int), 1
+    )
     assert count.tolist() == [0] and mean.tolist() == [[0.0]] and scatter.tolist() == [[[0.0]]]
 
 
