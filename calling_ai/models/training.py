@@ -13,11 +13,11 @@ a single class."""
 __all__ = ['TrainingOptions', 'default_options', 'choose_device', 'one_thread', 'check_rows', 'row_losses', 'balance_classes',
            'shrink_inputs', 'LearningCurve', 'Trained', 'calibrate', 'train']
 
-# %% ../../nbs/models/training.ipynb #642b69f4
+# %% ../../nbs/models/training.ipynb #5a7f27a8
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.contract import check_model
 from ..core.errors import InputError
 from ..core.progress import track
 from ..core.records import Record, explained
-from .calibration import fit_platt
-from .networks import GROUP_MEANS, ContractNetwork, NetworkSpec, build, fit_scaling, predict, set_calibration
+from .calibration import fit_isotonic, fit_platt, to_probability
+from .networks import GROUP_MEANS, ContractNetwork, NetworkSpec, build, fit_scaling, predict, set_calibration, set_curve
 
-# %% ../../nbs/models/training.ipynb #ea1b4c07
+# %% ../../nbs/models/training.ipynb #d6156b91
 @dataclass(frozen=True)
 class TrainingOptions(Record):
     "What can be set about training; equal options, data and seeds give equal networks."
@@ -59,7 +60,8 @@ def default_options(
     **changes: Any,                # fields of `TrainingOptions` to set otherwise
 ) -> TrainingOptions:
     "Return the options in use for a model."
-    return TrainingOptions(**{"epochs": 40 if model == "outcome" else 60, **changes})
+    own = {"epochs": 40, "learning_rate": 2e-3, "weight_decay": 0.1, "penalty": 0.5} if check_model(model) == "outcome" else {}
+    return TrainingOptions(**{**own, **changes})
 
 # %% ../../nbs/models/training.ipynb #38c31e1b
 def choose_device(
@@ -171,7 +173,7 @@ class Trained(Record):
                 f"best after {self.best_epoch} of {len(self.curve)} epochs, validation loss {self.validation_loss:.4f}, "
                 f"{self.used_inputs} of {self.spec.inputs} inputs in use</p>")
 
-# %% ../../nbs/models/training.ipynb #3dfb9713
+# %% ../../nbs/models/training.ipynb #ce191e2f
 def _epoch(network: ContractNetwork, optimiser: torch.optim.Optimizer, schedule: Any, rows: tuple[Tensor, Tensor, Tensor],
            options: TrainingOptions, order: Tensor) -> float:
     "Learn from every row once and return the mean loss."
@@ -179,7 +181,9 @@ def _epoch(network: ContractNetwork, optimiser: torch.optim.Optimizer, schedule:
     exempt, total, first = GROUP_MEANS if network.spec.interactions else 0, torch.zeros((), device=inputs.device), network.weights[0]
     network.train()
     for batch in order.split(options.batch_size or len(order)):
-        losses = row_losses(network.spec.model, network.member_logits(inputs[batch]), labels[batch])
+        given = inputs[batch]
+        losses = row_losses(network.spec.model, network.member_logits(given), labels[batch])
+        if network.spec.routed: losses = losses * network.member_shares(given) * network.spec.members
         loss = (losses * weights[batch]).mean(dim=-1).sum()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -200,18 +204,18 @@ def _loss(network: ContractNetwork, rows: tuple[Tensor, Tensor, Tensor], shift: 
     network.eval()
     with torch.no_grad():
         for inputs, labels, weights in zip(*(part.split(block) for part in rows), strict=True):
-            logits = network.member_logits(inputs)
-            logits = logits.mean(dim=0) if network.spec.members > 1 else logits
+            logits = network.combine(network.member_logits(inputs), inputs)
             total += float((row_losses(network.spec.model, logits + shift, labels) * weights).sum().double())
     return total / float(rows[2].sum())
 
-# %% ../../nbs/models/training.ipynb #27cbd7c8
+# %% ../../nbs/models/training.ipynb #3b2d1afd
 def _fit(network: ContractNetwork, learn: tuple[Tensor, Tensor, Tensor], check: tuple[Tensor, Tensor, Tensor],
-         options: TrainingOptions, shift: float) -> tuple[LearningCurve, int]:
+         options: TrainingOptions, shift: float, watch: Callable[[int, float], None] | None = None) -> tuple[LearningCurve, int]:
     "Train until the validation part stops improving, restore the best weights, and return the curve and the best epoch."
     steps = math.ceil(len(learn[1]) / (options.batch_size or len(learn[1])))
+    router = [network.router, network.router_bias] if network.spec.routed else []
     optimiser = torch.optim.AdamW([{"params": list(network.weights), "weight_decay": options.weight_decay},
-                                   {"params": list(network.biases), "weight_decay": 0.0}], lr=options.learning_rate)
+                                   {"params": [*network.biases, *router], "weight_decay": 0.0}], lr=options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.epochs * steps, eta_min=options.learning_rate / 100)
     history: list[tuple[float, float, float]] = []
     best, best_epoch, kept = math.inf, 0, [value.detach().clone() for value in network.parameters()]
@@ -220,6 +224,7 @@ def _fit(network: ContractNetwork, learn: tuple[Tensor, Tensor, Tensor], check: 
         trained = _epoch(network, optimiser, schedule, learn, options, order)
         history.append((trained, _loss(network, check, shift), float(schedule.get_last_lr()[0])))
         if not all(map(math.isfinite, history[-1])): raise InputError(f"the loss is not finite after {epoch} epochs: lower learning_rate, which is {options.learning_rate:g}")
+        if watch is not None: watch(epoch, history[-1][1])
         if history[-1][1] < best:
             best, best_epoch, kept = history[-1][1], epoch, [value.detach().clone() for value in network.parameters()]
         elif epoch - best_epoch >= options.patience: break
@@ -227,21 +232,23 @@ def _fit(network: ContractNetwork, learn: tuple[Tensor, Tensor, Tensor], check: 
         for value, copy in zip(network.parameters(), kept, strict=True): value.copy_(copy)
     return LearningCurve(*(tuple(column) for column in zip(*history, strict=True))), best_epoch
 
-# %% ../../nbs/models/training.ipynb #d2d4388d
+# %% ../../nbs/models/training.ipynb #fb4bfec0
 def calibrate(
     network: ContractNetwork,  # changed in place
     features: np.ndarray,      # n x 39 or 45 that the network did not learn from
-    labels: np.ndarray,        # n labels, 0 or 1
+    labels: np.ndarray,        # n labels, 0 or 1, or outcome scores
     weights: np.ndarray | None = None,  # n weights, or nothing for equal ones
 ) -> tuple[float, float]:  # slope and intercept
     "Fit slope and intercept on the logits of the network and store them in it."
     logits = predict(network, features, raw=True)
-    slope, intercept = fit_platt(logits, labels, weights)
-    if slope <= 0: slope, intercept = 0.0, fit_platt(np.zeros_like(logits), labels, weights)[1]
+    graded = network.spec.model == "calling_score"
+    slope, intercept = fit_platt(logits, labels, weights, graded=graded)
+    if slope <= 0: slope, intercept = 0.0, fit_platt(np.zeros_like(logits), labels, weights, graded=graded)[1]
     set_calibration(network, slope, intercept)
+    if network.spec.isotonic: set_curve(network, *fit_isotonic(to_probability(slope * logits + intercept), labels, weights))
     return slope, intercept
 
-# %% ../../nbs/models/training.ipynb #a044c12e
+# %% ../../nbs/models/training.ipynb #c7def259
 def train(
     spec: NetworkSpec,              # what to build
     features: np.ndarray,           # n x 39 or 45 of the training part, NaN = missing
@@ -251,6 +258,7 @@ def train(
     weights: np.ndarray | None = None,             # of the training rows
     validation_weights: np.ndarray | None = None,  # of the validation rows
     options: TrainingOptions | None = None,        # how; those in use for the model if not given
+    watch: Callable[[int, float], None] | None = None,  # told the epoch and its validation loss; may raise to give up early
 ) -> Trained:
     "Train a network, keep the weights that were best on the validation part, and calibrate the outcome model there."
     begun, options = time.perf_counter(), options or default_options(spec.model)
@@ -270,9 +278,9 @@ def train(
             network.biases[-1].fill_(math.log(max(mean, 1e-3) / max(1 - mean, 1e-3)))
             network.weights[0][..., : spec.features, :].mul_(network.varies[:, None])  # nothing is known about a constant column
             inputs, held_out = network.prepare(learn[0]), network.prepare(check[0])
-        curve, best = _fit(network, (inputs, learn[1], weight), (held_out, *check[1:]), options, shift)
+        curve, best = _fit(network, (inputs, learn[1], weight), (held_out, *check[1:]), options, shift, watch)
         network = network.cpu().eval()
         set_calibration(network, 1.0, shift)
-        if spec.model == "outcome": calibrate(network, *validation, validation_weights)
+        if spec.model == "outcome" or spec.isotonic: calibrate(network, *validation, validation_weights)
     used = int((torch.linalg.vector_norm(network.weights[0].detach(), dim=-1).reshape(-1, spec.inputs) > 0).any(0).sum())
     return Trained(spec, options, network, curve, best, curve.validation[best - 1], rows, used, time.perf_counter() - begun, device.type)
