@@ -176,7 +176,7 @@ def compare(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         **{f"champion_{model}_version": version.version for model, version in champion.items()},
         "replicates": evaluation.replicates, "confidence": evaluation.confidence}, progress=progress)
 
-# %% ../../nbs/operate/pipeline.ipynb #5d2b822c
+# %% ../../nbs/operate/pipeline.ipynb #6e1ea092
 def verdict(
     comparison: dict[str, Any] | None,  # of one model, as the notebook wrote it; none when there is no champion
 ) -> str:  # first, better, worse or cannot tell
@@ -186,6 +186,7 @@ def verdict(
 def register(run: Run, progress: Progress | None = None) -> dict[str, Any]:
     "Register both models of a run in one transaction; a second call finds them registered."
     from calling_ai.operate.candidates import check_golden
+    from calling_ai.operate.releases import ensure_release
     if progress: progress("register", 0, 1, "")
     registry, champion = Registry(run.settings.root), champions(run.settings)
     trained = {model: read_record(run.folder / f"train-{model}.json") for model in MODELS}
@@ -205,6 +206,7 @@ def register(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         registered = registry.register(drafts, promote, check=lambda draft, path: check_golden(path, trained[draft.model]["golden"]),
                                        actor=f"run {run.run_id}", evidence={"verdict": verdicts, "comparison": compared})
         done = {item.model: item for item in registered}
+    ensure_release(run.settings, actor=f"run {run.run_id}")
     result = {"versions": {model: item.version for model, item in done.items()}, "verdicts": verdicts,
               "champions": {model: item.version for model, item in champions(run.settings).items()},
               "before": {model: item.parent for model, item in done.items() if item.parent}}
