@@ -41,7 +41,7 @@ from ..score.release import ANSWER, CAP, TERMS, Dials, answer
 if TYPE_CHECKING:
     from calling_ai.models.networks import ContractNetwork
 
-# %% ../../nbs/models/graph.ipynb #f6ed2f51
+# %% ../../nbs/models/graph.ipynb #52fd310b
 OPSET = 18
 MAXIMUM_BYTES = 10_000_000
 TOLERANCE = 1e-5
@@ -49,7 +49,7 @@ INPUT = "features"
 SPREAD = "spread"  # a second output that an ensemble may have: the standard deviation of its members
 OPERATORS: frozenset[str] = frozenset({
     "Abs", "Add", "Cast", "Clip", "Concat", "Constant", "Div", "Gather", "Gemm", "Identity", "IsNaN", "MatMul", "Max", "Min", "Mul",
-    "ReduceMean", "ReduceSum", "Relu", "Reshape", "Sigmoid", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"})
+    "ReduceMean", "ReduceSum", "Relu", "Reshape", "Sigmoid", "Slice", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"})
 
 def contract_digest(
     features: int,  # 39 or 45
@@ -73,7 +73,7 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True): logger.setLevel(level)
 
-# %% ../../nbs/models/graph.ipynb #713357f4
+# %% ../../nbs/models/graph.ipynb #f8d87d50
 def strip(
     model: Any,  # an onnx ModelProto, changed in place
 ) -> None:
@@ -99,7 +99,7 @@ def model_bytes(
     with quiet():
         program = torch.onnx.export(
             network.eval(), (torch.zeros(2, spec.features, device=network.centre.device),), dynamo=True, opset_version=OPSET, external_data=False,
-            verbose=False, input_names=[INPUT], output_names=[spec.output], dynamic_shapes=({0: torch.export.Dim("batch")},))
+            verbose=False, input_names=[INPUT], output_names=[spec.output, *([SPREAD] if spec.spread else [])], dynamic_shapes=({0: torch.export.Dim("batch")},))
     network.train(was_training)
     assert program is not None
     model = program.model_proto
@@ -410,7 +410,7 @@ def _policy_nodes(add: _Builder, score: str, found: dict[str, str], spread: str 
     add.do("Identity", called, into="called")
     return [calling, add.do("Cast", called, to=11), hybrid, boosted, weight, network, probability, certainty, confidence]
 
-# %% ../../nbs/models/graph.ipynb #0482136e
+# %% ../../nbs/models/graph.ipynb #2ba22c23
 def release_bytes(
     calling_score: bytes | None = None,  # a calling-score network, as exported
     outcome: bytes | None = None,        # an outcome network, as exported
@@ -438,7 +438,7 @@ def release_bytes(
     model = helper.make_model(helper.make_graph(add.nodes, "calling_ai", inputs, outputs, held), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
     strip(model)
     notes = {**(metadata or {}), "model": "release", "contract": contract_digest(45), "features": ",".join(FEATURE_NAMES),
-             "policy": json.dumps(policy.to_dict(), sort_keys=True), **{f"{name}_digest": sha256_bytes(data) for name, data in parts.items()}}
+             "policy": json.dumps(policy.to_dict(), sort_keys=True), "dials": json.dumps(dials.to_dict(), sort_keys=True), **{f"{name}_digest": sha256_bytes(data) for name, data in parts.items()}}
     for key in sorted(notes): model.metadata_props.add(key=key, value=str(notes[key]))
     return model.SerializeToString(deterministic=True)
 
