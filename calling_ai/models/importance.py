@@ -121,7 +121,7 @@ def ablation(
     return {name: compare_seeds(metric, retrain(lambda features, names=names: without(features, names)), whole, target, users, **options)  # type: ignore[misc]
             for name, names in track(list(groups.items()), "taking features away")}
 
-# %% ../../nbs/models/importance.ipynb #b3b79bc0
+# %% ../../nbs/models/importance.ipynb #1cfd0000
 def shap_importance(
     predict: Predictor,        # of the network in question
     features: np.ndarray,      # n x 39 or 45, NaN = missing: moments to explain
@@ -130,7 +130,7 @@ def shap_importance(
     seed: int = 0,             # of permutations and resamples
 ) -> tuple[dict[str, Estimate], np.ndarray]:  # feature -> mean size of its share, the largest first; and the shares, n x features
     "Share the answers among the features, and return how much each moves them."
-    try: import shap
+    try: import shap  # type: ignore[import-untyped]
     except ImportError as error: raise UnavailableError("shap is not installed: pip install 'calling-ai[explain]'") from error
     neutral = NEUTRAL[:features.shape[1]]
     filled, behind = (np.where(np.isnan(part), neutral, part) for part in (features, background))
