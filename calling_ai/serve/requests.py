@@ -27,7 +27,7 @@ from ..core.records import Record, explained
 from ..score.formula import FormulaBreakdown
 from ..score.release import ANSWER, LEVELS, TERMS
 
-# %% ../../nbs/serve/requests.ipynb #5591676d
+# %% ../../nbs/serve/requests.ipynb #6cbfa3c7
 IDENTIFIERS: tuple[str, ...] = ("decision_id", "user_id", "opportunity_id", "decided_at")
 _FEATURES, _ABOUT = frozenset(FEATURE_NAMES), frozenset(IDENTIFIERS)
 _PLAIN = frozenset({float, int, type(None), np.float64, np.float32})
@@ -54,7 +54,7 @@ def read_moment(
     if not given.keys() <= _FEATURES:
         others = given.keys() - _FEATURES
         about = {name: given[name] for name in IDENTIFIERS if name in others}
-        if not others <= _ABOUT: return _read_slowly(given, about)
+        if not others <= _ABOUT or any(isinstance(value, Mapping) for value in about.values()): return _read_slowly(given, about)
     row = [*map(given.get, FEATURE_NAMES)]
     if not {*map(type, row)} <= _PLAIN: return _read_slowly(given, about)
     try: values = np.array([row], dtype=np.float64)

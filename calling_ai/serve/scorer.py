@@ -154,7 +154,7 @@ def rows_of(
         rows.append(row)
     return rows
 
-# %% ../../nbs/serve/scorer.ipynb #adbf8a20
+# %% ../../nbs/serve/scorer.ipynb #e320bfb0
 _tried: set[str] = set()  # digests of files that came back well from the child process
 
 @dataclass
@@ -322,8 +322,10 @@ class Scorer:
         begun = time.perf_counter()
         values, assessment, trend, about = read_moment(moment)
         if decision_id is None: decision_id = about.get("decision_id")
-        logged = self._about(1, user_id or about.get("user_id"), opportunity_id or about.get("opportunity_id"), decided_at or about.get("decided_at"),
-                             refused, experiment, arm, stage) if self.log is not None else None
+        if self.log is None: logged = None
+        else:
+            who, what, when = (about.get(name) if given is None else given for given, name in ((user_id, "user_id"), (opportunity_id, "opportunity_id"), (decided_at, "decided_at")))
+            logged = self._about(1, who, what, when, refused, experiment, arm, stage)
         if logged is not None and decision_id is None: decision_id = _new_id()
         answer, by = self._ask(values, assessment, trend)
         row = answer[0].tolist()
@@ -349,9 +351,9 @@ class Scorer:
         user_ids: Sequence | None = None,                   # n, for the log
         opportunity_ids: Sequence | None = None,            # n, for the log
         decided_at: Sequence | dt.datetime | None = None,   # n or one for all, for the log; by default now
-        experiment: str | None = None,                      # for the log; by default that of the scorer
-        arm: Any = None,                                    # n or one for all, likewise
-        stage: str | None = None,                           # likewise
+        experiment: Any = None,                             # n or one for all, for the log; by default that of the scorer
+        arm: Any = None,                                    # likewise
+        stage: Any = None,                                  # likewise
     ) -> Scored:
         "Score n moments."
         begun = time.perf_counter()
@@ -386,13 +388,14 @@ class Scorer:
         import narwhals as nw
         given = nw.from_native(frame, eager_only=True) if not isinstance(frame, (Mapping, list, np.ndarray, FeatureTable)) else None
         if given is not None and self.log is not None:
-            about = {argument: given[name].to_list() for argument, name in (("user_ids", "user_id"), ("opportunity_ids", "opportunity_id"), ("decided_at", "decided_at")) if name in given.columns}
+            named = {"user_ids": "user_id", "opportunity_ids": "opportunity_id"} | {name: name for name in ("decided_at", "refused", "experiment", "arm", "stage")}
+            about = {argument: given[name].to_list() for argument, name in named.items() if name in given.columns}
             options = about | options
             if decision_ids is None and "decision_id" in given.columns: decision_ids = given["decision_id"].to_list()
         columns = self.score_array(table, decision_ids, **options).columns()
-        if given is not None and given.implementation.is_pandas() or given is None:
+        if given is None or given.implementation.is_pandas():
             import pandas as pd
-            return pd.DataFrame(columns, index=getattr(frame, "index", None))
+            return pd.DataFrame(columns, index=None if given is None else frame.index)
         return nw.from_dict({name: values.tolist() if values.dtype == object else values for name, values in columns.items()}, backend=given.implementation).to_native()
 
     # Answering.
@@ -471,7 +474,7 @@ class Scorer:
             return [value] * rows
         if user_ids is None: raise InputError("user_id is missing: a decision that is logged says for whom; give it with the request", column="user_id")
         if opportunity_ids is None: raise InputError("opportunity_id is missing: a decision that is logged says what for; give it with the request", column="opportunity_id")
-        held = {"user_key": pseudonyms(each(user_ids), self.log.log.secret), "opportunity_id": each(opportunity_ids), "decided_at": each(decided_at or dt.datetime.now(dt.UTC)),
+        held = {"user_key": pseudonyms(each(user_ids), self.log.log.secret), "opportunity_id": each(opportunity_ids), "decided_at": each(dt.datetime.now(dt.UTC) if decided_at is None else decided_at),
                 "refused": each(False if refused is None else refused)}
         for name, value in (("experiment", experiment), ("arm", arm), ("stage", stage)): held[name] = each(self.experiment[name] if value is None else value)
         for name, values in held.items():
