@@ -12,8 +12,8 @@ Predictions come first, then what happened, then whose rows they are. The pictur
 __all__ = ['HIGHER_IS_BETTER', 'LABELS', 'THRESHOLD', 'TOP', 'Resampled', 'Sums', 'REPLICATES', 'FEWEST_PEOPLE',
            'ranking_metrics', 'error_metrics', 'label_metrics', 'Rows', 'check_outcomes', 'check_prediction', 'metrics',
            'auc', 'average_precision', 'positives_in_top', 'mean_squared_error', 'mean_absolute_error', 'log_loss',
-           'call_metrics', 'resample', 'interval', 'Evaluation', 'evaluate', 'estimate_metrics', 'Comparison',
-           'judge_difference', 'compare_paired', 'colour_of', 'roc_curve', 'plot_roc', 'plot_reliability',
+           'call_metrics', 'resample', 'interval', 'Evaluation', 'evaluate', 'estimate_metrics', 'Group', 'by_group',
+           'Comparison', 'judge_difference', 'compare_paired', 'colour_of', 'roc_curve', 'plot_roc', 'plot_reliability',
            'plot_metric', 'plot_curve', 'plot_scores']
 
 # %% ../../nbs/models/evaluation.ipynb #4cfa8480
@@ -352,6 +352,43 @@ def estimate_metrics(
     estimates = evaluate({model: prediction}, positive, target, users, weights=weights, **options).estimates[model]
     unsuited = ("log_loss", "expected_calibration_error") if model == "calling_score" else ()
     return {name: item for name, item in estimates.items() if name not in unsuited}
+
+# %% ../../nbs/models/evaluation.ipynb #bfc089a6
+@dataclass(frozen=True)
+class Group(Record):
+    "What a predictor means for one group of people or moments."
+    rows: int = explained("rows of the group")
+    people: int = explained("people they belong to")
+    positives: float = explained("share of positive outcomes")
+    stated: float = explained("mean prediction")
+    called: Estimate = explained("share of rows at or above the threshold")
+    precision: Estimate = explained("share of positive outcomes among those")
+    calibration: Estimate = explained("expected calibration error")
+    auc: Estimate = explained("area under the ROC curve")
+
+def by_group(
+    prediction: np.ndarray,  # n values in [0, 1]
+    positive: np.ndarray,    # n labels, 0 or 1
+    users: np.ndarray | None,  # whose row it is, or nothing when every row is another person
+    group: np.ndarray,       # n names of groups
+    *,
+    threshold: float = THRESHOLD,  # of a call
+    fewest: int = 20,        # people that a group must have to be shown
+    **options: Any,          # replicates, confidence, seed, as for `evaluate`
+) -> dict[str, Group]:  # in the order of the names
+    "Measure a predictor in every group."
+    label, names = np.asarray(positive).astype(float), np.asarray(group).astype(str)
+    prediction, who = np.asarray(prediction, dtype=float), np.arange(len(label)) if users is None else np.asarray(users)
+    found: dict[str, Group] = {}
+    for name in np.unique(names):
+        rows = names == name
+        if len(np.unique(who[rows])) < fewest: continue
+        options_of = {"threshold": threshold, **options}
+        got = evaluate({"p": prediction[rows]}, label[rows], None, who[rows], **options_of)
+        calls = evaluate({"p": (prediction[rows] >= threshold).astype(float)}, np.ones(int(rows.sum())), None, who[rows], **options_of).get("p", "accuracy")
+        found[str(name)] = Group(int(rows.sum()), got.people, got.positives, float(prediction[rows].mean()), calls, got.get("p", "precision"),
+                                 got.get("p", "expected_calibration_error"), got.get("p", "auc"))
+    return found
 
 # %% ../../nbs/models/evaluation.ipynb #0bc011d7
 FEWEST_PEOPLE = 20  # below that nobody can tell
