@@ -13,7 +13,7 @@ never passed."""
 __all__ = ['VECTORS', 'FEWEST', 'Vector', 'Check', 'check', 'several', 'verify', 'Permutation', 'rate', 'looks_of', 'permute',
            'permute_log', 'plot_permutation']
 
-# %% ../../nbs/experiments/vectors.ipynb #8ad80698
+# %% ../../nbs/experiments/vectors.ipynb #6f6b108c
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -26,6 +26,7 @@ from ..core.errors import InputError
 from ..core.plots import COLOURS, interval_bars
 from ..core.records import Estimate, Record, explained
 from . import anytime, balance, design, inference, off_policy, sequential
+from .simulate import rate_of
 from .summaries import Cell, Summaries, from_sums
 
 # %% ../../nbs/experiments/vectors.ipynb #a8a91ccd
@@ -233,7 +234,7 @@ def verify(
     "Recompute every published number."
     return [check(vector, folder) for vector in VECTORS]
 
-# %% ../../nbs/experiments/vectors.ipynb #b05c2659
+# %% ../../nbs/experiments/vectors.ipynb #4bda69a4
 FEWEST = 25  # users that each arm needs before anybody looks
 
 @dataclass(frozen=True)
@@ -259,12 +260,9 @@ def rate(
     confidence: float = 0.95,  # level
 ) -> Estimate:
     "Return a share with the exact interval of Clopper and Pearson."
-    from scipy.special import betaincinv
     if not 0 <= hits <= trials or trials < 1: raise InputError(f"hits is {hits} of {trials}: it must lie between 0 and the number of trials, at least 1")
-    tail = (1 - confidence) / 2
-    lower = 0.0 if hits == 0 else float(betaincinv(hits, trials - hits + 1, tail))
-    upper = 1.0 if hits == trials else float(betaincinv(hits + 1, trials - hits, 1 - tail))
-    return Estimate(hits / trials, lower, upper, confidence)
+    found = rate_of(np.arange(trials) < hits, (1 + confidence) / 2)
+    return Estimate(found.share, found.lower, found.upper, confidence)
 
 def looks_of(
     user: np.ndarray,    # n numbers of users, from 0
