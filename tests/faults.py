@@ -5,6 +5,7 @@ Nothing is imitated: the processes die by SIGKILL, the databases are real. What 
 into memory shared with its parent, which no kill can take back.
 """
 
+import atexit
 import contextlib
 import datetime as dt
 import errno
@@ -23,6 +24,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,24 @@ ID, DECIDED_AT, RECORDED_AT, STAGE, NUMBER = (
 OWN = {ID, DECIDED_AT, RECORDED_AT, STAGE, NUMBER}
 
 
+@cache
+def rows_file() -> Path:
+    """Return a file of example rows, so that a harness need not make them with pandas, which takes seconds."""
+    path = Path(tempfile.mkdtemp(prefix="calling-ai-rows-")) / "rows"
+    path.write_bytes(b"".join(frame_of(index, encode_row("decision", row)) for index, row in enumerate(made_rows(64))))
+    atexit.register(shutil.rmtree, path.parent, True)
+    return path
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a harness."""
+    return {**os.environ, "FAULT_ROWS": str(rows_file())}
+
+
 def run(harness: str, timeout: float = 300, **arguments: Any) -> dict[str, Any]:
     """Run a harness in a fresh process and return what it found."""
     command = [sys.executable, __file__, harness, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -61,23 +77,21 @@ def bound(trials: int) -> str:
 # ------------------------------------------------------------------------------------------------ rows and checks
 
 
+def made_rows(count: int) -> list[tuple[Any, ...]]:
+    """Make decisions as rows."""
+    frame = example_decisions(count, users=16, seed=5, refused=False)
+    frame["user_key"], frame["seed"] = pseudonyms(frame.pop("user_id"), SECRET), 0
+    frame["decided_at"] = frame["recorded_at"] = None
+    return [as_row("decision", row) for row in frame.astype(object).where(frame.notna(), None).to_dict("records")]
+
+
 def example_rows(count: int) -> list[tuple[Any, ...]]:
-    """Return decisions as rows, made in a child: pandas would make every later fork slow."""
-    reader, writer = os.pipe()
-    if not os.fork():
-        frame = example_decisions(count, users=16, seed=5, refused=False)
-        frame["user_key"], frame["seed"] = pseudonyms(frame.pop("user_id"), SECRET), 0
-        frame["decided_at"] = frame["recorded_at"] = None
-        rows = [as_row("decision", row) for row in frame.astype(object).where(frame.notna(), None).to_dict("records")]
-        with os.fdopen(writer, "wb") as stream:
-            stream.write(b"".join([frame_of(index, encode_row("decision", row)) for index, row in enumerate(rows)]))
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as stream:
-        rows = [decode_row(payload)[1] for _, payload in frames_in(stream.read()).rows]
-    os.wait()
-    assert len(rows) == count and "pandas" not in sys.modules
-    return rows
+    """Return decisions as rows, from a file where there is one."""
+    if "FAULT_ROWS" not in os.environ:
+        return made_rows(count)
+    return [decode_row(payload)[1] for _, payload in frames_in(Path(os.environ["FAULT_ROWS"]).read_bytes()).rows][
+        :count
+    ]
 
 
 BASE: list[tuple[Any, ...]] = []
@@ -566,6 +580,8 @@ def outage(kind: str, folder: str, rows: int, away: int, pause: float = 0.0) -> 
             "spilled": counters.spilled,
             "drained": counters.drained,
             "unaccounted": counters.unaccounted,
+            "refused": counters.refused,
+            "damaged": counters.damaged,
             "noticed": away_seconds > 0,
             "median_us": normal[len(normal) // 2] / 1e3,
             "p99_us": normal[int(0.99 * len(normal))] / 1e3,

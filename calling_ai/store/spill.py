@@ -157,7 +157,7 @@ def new_segment(
         raise
     return Segment(path, handle, len(first), len(first))
 
-# %% ../../nbs/store/spill.ipynb #ece007c6
+# %% ../../nbs/store/spill.ipynb #16e1d2a2
 SEGMENT_BYTES = 8 * 1024 * 1024  # size from which a new file is begun
 SEGMENT_SECONDS = 5.0            # age from which a new file is begun: a row that was drained does not stay for long
 
@@ -173,7 +173,7 @@ class Spill:
         self._segments: deque[Segment] = deque()
         self._active: Segment | None = None
         self._lock = threading.Lock()
-        self._cursor: tuple[Segment | None, int] = (None, 0)
+        self._cursor: tuple[Segment | None, int, int] = (None, 0, 0)  # where the row after that number begins
         self.damaged = 0  # bytes that could not be read back
 
     def append(self,
@@ -207,16 +207,17 @@ class Spill:
         "Return the next rows, from one segment at a time; nothing when there are no more."
         for segment in list(self._segments):
             if segment.last <= after: continue
-            start = self._cursor[1] if self._cursor[0] is segment else segment.start
+            start = self._cursor[1] if self._cursor[0] is segment and self._cursor[2] <= after else segment.start
             found = self._frames(segment, start, limit)
             rows = [item for item in found.rows if item[0] > after]
             while found.rows and not rows:  # drained before: the cursor was elsewhere
                 start += found.end
                 found = self._frames(segment, start, limit)
                 rows = [item for item in found.rows if item[0] > after]
-            self._cursor = (segment, start + found.end)
             self.damaged += found.damaged + found.torn
-            if rows: return rows
+            if rows:
+                self._cursor = (segment, start + found.end, rows[-1][0])
+                return rows
         return []
 
     @staticmethod
@@ -233,7 +234,7 @@ class Spill:
                 with contextlib.suppress(OSError):  # what stays is drained again one day, and changes nothing
                     if segment is self._active:
                         if segment.size > segment.start: os.ftruncate(segment.handle, segment.start)
-                        segment.size, self._cursor = segment.start, (None, 0)
+                        segment.size, self._cursor = segment.start, (None, 0, 0)
                     else:
                         segment.path.unlink()
                         self._segments.remove(segment)
@@ -248,7 +249,7 @@ class Spill:
                     if segment.size == segment.start: segment.path.unlink()
                 os.close(segment.handle)
             self._segments.clear()
-            self._active, self._cursor = None, (None, 0)
+            self._active, self._cursor = None, (None, 0, 0)
 
     def abandon(self) -> None:
         "Close the files and leave them as they are: in a child after a fork they belong to the parent."
@@ -356,7 +357,7 @@ def read_refused(
     try: return [json.loads(line) for line in lines if line.endswith(b"\n")]
     except ValueError as error: raise IntegrityError(f"{REFUSED_FILE} is not what was written: {error}") from None
 
-# %% ../../nbs/store/spill.ipynb #86b18ff5
+# %% ../../nbs/store/spill.ipynb #8709b2fd
 @dataclass(frozen=True)
 class Erased(Record):
     "What was removed from the spill."
@@ -396,14 +397,14 @@ def erase(
                     continue
                 if not path.exists() or not os.path.samestat(os.fstat(stream.fileno()), path.stat()): continue
                 left, count = _without(data, wanted)
-                write_bytes(path, left)
+                write_bytes(path, left).chmod(0o600)
                 rows, files = rows + max(count, 1), files + 1
         if (folder / REFUSED_FILE).exists():
             with _locked(folder / REFUSED_FILE) as handle:
                 lines = os.pread(handle, os.fstat(handle).st_size, 0).splitlines(keepends=True)
                 left_lines = [line for line in lines if not wanted.search(line)]
                 if len(left_lines) < len(lines):
-                    write_bytes(folder / REFUSED_FILE, b"".join(left_lines))
+                    write_bytes(folder / REFUSED_FILE, b"".join(left_lines)).chmod(0o600)
                     rows, files = rows + len(lines) - len(left_lines), files + 1
     except OSError as error: raise explain_os_error(error, f"erasing from the spill {folder.name}") from error
     return Erased(rows, files, held)

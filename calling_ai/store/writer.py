@@ -118,7 +118,7 @@ def write_apart(
             return Counter(refused=1), [(rows[0], reason_of(again))]
     return Counter(written=result.written, repeated=result.repeated, forgotten=result.forgotten), []
 
-# %% ../../nbs/store/writer.ipynb #fb7488a0
+# %% ../../nbs/store/writer.ipynb #ee034844
 ADOPT_SECONDS = 10.0  # how often to look for what dead processes left
 PROBE_SECONDS = 2.0   # longest pause between two attempts while the database is away
 REST_SECONDS = 0.25   # pause after the disk refused, in which it is not asked again
@@ -353,18 +353,17 @@ class LogWriter:
                 self._adopt()
             except Exception as error:  # away, or something nobody thought of: the rows stay where they are
                 pause = min(PROBE_SECONDS, max(0.02, 2 * pause))
-                self._note(error)
+                with self._lock: self._note(error)
             else:
                 pause = 0.0
-                self._note(None)
+                with self._lock: self._note(None)
         with self._lock: self._ended += 1
         self._leave()
 
     def _note(self, error: Exception | None) -> None:
-        "Remember whether the database is there, and say so when that changes."
-        with self._lock:
-            before, self._error = self._away_since, self._error if error is None else reason_of(error)
-            self._away_since = None if error is None else before or time.monotonic()
+        "With the lock held: remember whether the database is there, and say so when that changes."
+        before, self._error = self._away_since, None if error is None else reason_of(error)
+        self._away_since = None if error is None else before or time.monotonic()
         if error is not None and before is None: _logger.warning("the log is away, rows wait: %s", self._error)
         if error is None and before is not None: _logger.warning("the log is back after %.1f s", time.monotonic() - before)
 
@@ -382,6 +381,7 @@ class LogWriter:
             return False
         with self._writing: counts = self._send(rows)
         counts["damaged"] += last - done - len(rows)
+        if counts["damaged"]: _logger.error("%d rows of the log could not be read back from the disk", counts["damaged"])
         if not in_memory: counts["drained"] += len(rows)
         with self._lock:
             while self._gone < last:
@@ -389,6 +389,7 @@ class LogWriter:
                 self._gone += 1
             self._done = last
             self._counts += counts
+            self._note(None)
             self._changed.notify_all()
         self._spill.drained(last)
         return not in_memory or len(rows) == self.batch_rows
@@ -420,18 +421,23 @@ class LogWriter:
             orphan.finish()
         self._adopt_at = time.monotonic() + ADOPT_SECONDS
 
+def _refused(kind: str, item: Any, error: Exception) -> tuple[str, dict[str, str], str]:
+    "Return what is put aside for something that is no row: its columns, and no more than them."
+    columns = zip(KINDS.get(kind, ()), item, strict=False) if isinstance(item, tuple) else [("type", type(item).__name__)]
+    return kind, {name: str(value) for name, value in columns if value is not None}, reason_of(error)
+
 def _ready(kind: str, item: Any, at: float) -> tuple[str, Any]:
     "Return a row as it goes into the log, with the time at which it reached us; what is no row keeps its place, to be put aside."
     try:
         row, place = as_row(kind, item), _RECEIVED.get(kind)
         if place is None or row[place] is not None: return kind, row
         return kind, (*row[:place], dt.datetime.now(dt.UTC) - dt.timedelta(seconds=time.monotonic() - at), *row[place + 1:])
-    except Exception as error: return "", (kind, {"row": repr(item)[:2000]}, reason_of(error))
+    except Exception as error: return "", _refused(kind, item, error)
 
 def _encoded(kind: str, item: Any, at: float) -> bytes:
     "Return a row for the disk."
     try: return encode_row(*_ready(kind, item, at))
-    except Exception as error: return encode_row("", (kind, {"row": repr(item)[:2000]}, reason_of(error)))
+    except Exception as error: return encode_row("", _refused(kind, item, error))
 
 def _fitted(payload: bytes, columns: Mapping[str, Sequence[str]]) -> tuple[str, Any]:
     "Return a row that another process wrote, perhaps another version of this package, in the order of our columns."
