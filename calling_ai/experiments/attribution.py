@@ -55,7 +55,7 @@ def _check_measures(totals: Sequence[str], covariates: Sequence[str], window_day
     for name, length in (("window_days", window_days), ("before_days", before_days)):
         if not (np.isfinite(length) and length > 0): raise InputError(f"{name} is {length}: it must be above zero")
 
-# %% ../../nbs/experiments/attribution.ipynb #79bb96b6
+# %% ../../nbs/experiments/attribution.ipynb #268a2cde
 def ends_of(
     begins: Mapping[str, dt.datetime],  # first exposure of each stage
 ) -> dict[str, dt.datetime]:  # stages that ended, and when
@@ -84,7 +84,7 @@ def attribute(
     own = pairs["id"] == pairs["decision_id"]
     after = (own | (pairs["decided_at"] >= pairs["exposed_at"])) & (pairs["decided_at"] < pairs["exposed_at"] + pd.Timedelta(days=window_days))
     after &= pairs["end"].isna() | (pairs["decided_at"] < pairs["end"])
-    before = (pairs["decided_at"] < pairs["first"]) & ~own & (pairs["decided_at"] >= pairs["first"] - pd.Timedelta(days=before_days))
+    before = (pairs["decided_at"] < pairs["first"]) & ~pairs["id"].isin(units["decision_id"].dropna()) & (pairs["decided_at"] >= pairs["first"] - pd.Timedelta(days=before_days))
     known = (pairs["received_at"] < pairs["first"]) & (pairs["happened_at"] < pairs["first"])
     for name in totals:
         units[name] = (pairs[name.removeprefix("any_")] * after).groupby(pairs["unit"]).sum().reindex(units.index, fill_value=0.0)
@@ -94,7 +94,7 @@ def attribute(
         units[f"before_{name}"] = (pairs[name] * counts).groupby(pairs["unit"]).sum().reindex(units.index, fill_value=0.0)
     return units.drop(columns=["unit", "first", "end"])
 
-# %% ../../nbs/experiments/attribution.ipynb #a4e7b08f
+# %% ../../nbs/experiments/attribution.ipynb #fe5cae01
 def _worth(name: str, outcome: Any) -> Any:
     "Return the SQL expression of a measure."
     def one(condition: Any) -> Any: return sa.case((condition, 1.0), else_=0.0)
@@ -118,7 +118,7 @@ def log_units(
 ) -> sa.Select:  # columns: user_key, arm, stage, day, share, the totals and the covariates
     "Return the query for one row a user and stage."
     _check_measures(totals, covariates, window_days, before_days)
-    at, earliest = exposures.alias("at"), exposures.alias("earliest")
+    at, earliest, other = (exposures.alias(name) for name in ("at", "earliest", "other"))
     of = decisions.c.user_key == at.c.user_key
     outcome = log.attributed(as_of).subquery("outcome")
     first = sa.select(earliest.c.user_key, sa.func.min(earliest.c.exposed_at).label("first")).where(earliest.c.experiment == experiment).group_by(earliest.c.user_key).subquery("first_exposure")
@@ -129,7 +129,8 @@ def log_units(
     now, then = micros(decisions.c.decided_at), micros(at.c.exposed_at)
     after = sa.and_(sa.or_(own, decisions.c.decided_at >= at.c.exposed_at), now < then + round(window_days * 86_400e6))
     if ends: after = sa.and_(after, sa.case(*((at.c.stage == stage, decisions.c.decided_at < end) for stage, end in ends.items()), else_=sa.true()))
-    before = sa.and_(decisions.c.decided_at < first.c.first, ~own, now >= micros(first.c.first) - round(before_days * 86_400e6))
+    exposing = sa.exists().where(other.c.experiment == experiment, other.c.user_key == decisions.c.user_key, other.c.decision_id == decisions.c.id)
+    before = sa.and_(decisions.c.decided_at < first.c.first, ~exposing, now >= micros(first.c.first) - round(before_days * 86_400e6))
     known = sa.and_(before, outcome.c.received_at < first.c.first, outcome.c.happened_at < first.c.first)
     def total(name: str, condition: Any) -> Any:
         found = sa.func.coalesce(sa.func.sum(sa.case((condition, _worth(name.removeprefix("any_"), outcome)), else_=0.0)), 0.0)

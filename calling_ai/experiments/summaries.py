@@ -396,15 +396,21 @@ def _shared(values: np.ndarray, who: np.ndarray, place: np.ndarray, stage: np.nd
     count, mean, scatter = _group(np.column_stack([values[first], values[second]]), group, len(found))
     return Shared(*_joined_by([(cells[i // len(cells)], cells[i % len(cells)]) for i in found.tolist()], count, mean, scatter))
 
-# %% ../../nbs/experiments/summaries.ipynb #828846aa
+# %% ../../nbs/experiments/summaries.ipynb #fbb5dee9
 def _aggregate(connection: Connection, source: Any, keys: Sequence[Any], values: Sequence[Any], shift: Sequence[Any], extra: Sequence[Any] = ()) -> Any:
     "Return one row a group: keys, count, rows without a missing value, sums, products, and what else was asked for."
     away = [value if isinstance(by, float) and by == 0 else value - by for value, by in zip(values, shift, strict=True)]
+    if not all(isinstance(by, float) for by in shift):  # long expressions are written once, in a query of their own
+        inner = sa.select(*(key.label(f"key_{i}") for i, key in enumerate(keys)), *(each.label(f"away_{i}") for i, each in enumerate(away)),
+                          *(each.label(f"extra_{i}") for i, each in enumerate(extra))).select_from(source).subquery("shifted")
+        source, keys = inner, [inner.c[f"key_{i}"] for i in range(len(keys))]
+        away, extra = [inner.c[f"away_{i}"] for i in range(len(away))], [inner.c[f"extra_{i}"] for i in range(len(extra))]
     products = [away[i] * away[j] for i in range(len(away)) for j in range(i + 1)]
-    whole = values[0]
-    for value in values[1:]: whole = whole + value  # missing as soon as one is
+    whole = away[0]
+    for value in away[1:]: whole = whole + value  # missing as soon as one is
     sums = [sa.func.sum(each) for each in (*away, *products)]
-    return connection.execute(sa.select(*keys, sa.func.count(), sa.func.count(whole), *sums, *extra).select_from(source).group_by(*keys)).all()
+    ends = [end(each) for each in extra for end in (sa.func.min, sa.func.max)]
+    return connection.execute(sa.select(*keys, sa.func.count(), sa.func.count(whole), *sums, *ends).select_from(source).group_by(*keys)).all()
 
 def _from_rows(rows: Any, keys: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Return counts, sums and products of the rows of `_aggregate`."
@@ -424,7 +430,9 @@ def _stable(connection: Connection, source: Any, keys: Sequence[Any], values: Se
     count, sums, products = _from_rows(rows, len(keys), len(values))
     shifts = np.tile(shift, (len(rows), 1))
     size = np.diagonal(products, axis1=1, axis2=2)
-    if not (size - sums**2 / np.maximum(count, 1)[:, None] < 1e-7 * size).any(): return rows, count, sums, products, shifts
+    spread = size - sums**2 / np.maximum(count, 1)[:, None]
+    whole = (size == np.rint(size)) & (sums == np.rint(sums)) & (size < 2.0**50)  # whole numbers were added up exactly
+    if not ((spread < 1e-7 * size) & ~(whole & (spread < 0.25))).any(): return rows, count, sums, products, shifts
     found = shifts + sums / count[:, None]
     if len(rows) > _MOST_CASES or not keys: found = np.tile(count @ found / count.sum(), (len(rows), 1))
     if (found == shifts).all(): return rows, count, sums, products, shifts
@@ -458,7 +466,7 @@ def summarise_query(
         means = connection.execute(sa.select(*(sa.func.avg(first.c[name]) for name in columns))).one()
         shift = np.array([float(mean or 0.0) for mean in means])
         shift[~np.isfinite(shift)] = 0.0
-    extra = (sa.func.min(source.c.share), sa.func.max(source.c.share)) if "share" in source.c else ()
+    extra = (source.c.share,) if "share" in source.c else ()
     rows, count, sums, products, shifts = _stable(connection, source, keys, values, shift, extra)
     cells = [_cell(dict(zip(names, row[:len(names)], strict=True))) for row in rows]
     if extra: _check_shares(cells, rows)
