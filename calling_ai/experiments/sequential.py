@@ -331,7 +331,7 @@ def _fixed_drift(side: float, power: float) -> float:
     from scipy.special import ndtri
     return float(ndtri(power) - ndtri(side))
 
-# %% ../../nbs/experiments/sequential.ipynb #6796ab9b
+# %% ../../nbs/experiments/sequential.ipynb #ff5d1a29
 @dataclass(frozen=True)
 class Stopped(Record):
     "What an experiment has shown when it stops, adjusted for the looks it had."
@@ -375,7 +375,7 @@ def stopped(
     keep[np.flatnonzero(keep)[-1]], keep[-1] = keep[-1], True  # the last look stands for the one it hardly adds to
     z = sign * effect * np.sqrt(info)
     under = -above if alternative == "two-sided" else np.full(len(info), -math.inf)
-    early = keep & ((z >= above) | (z <= under))
+    early = (z >= above) | (z <= under)
     early[-1] = False
     if early.any(): raise InputError(f"look {int(np.argmax(early)) + 1} had crossed its bound: the experiment stopped there")
     frame = (info[keep], above[keep], under[keep])

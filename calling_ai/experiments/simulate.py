@@ -12,10 +12,10 @@ figures of the reliability list, each with an upper bound. Nothing here knows mo
 __all__ = ['METRICS', 'BASELINES', 'GRID', 'Rate', 'rate_of', 'Scenario', 'Paths', 'rollouts', 'Stops', 'promotions', 'rollbacks',
            'error_grid', 'error_table', 'shown', 'power_row', 'every_user']
 
-# %% ../../nbs/experiments/simulate.ipynb #7d8687d6
+# %% ../../nbs/experiments/simulate.ipynb #e17e81a2
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.records import Record, explained
 from .anytime import BURN_IN, Bet, kish_size, mixture_rho, sequence_reach
-from .sequential import Spending, crossing, spending_boundary, stagewise_tail
+from .sequential import Spending, spending_boundary, stagewise_tail
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -52,7 +52,7 @@ def rate_of(
     lower = 0.0 if yes == 0 else float(betaincinv(yes, n - yes + 1, 1 - confidence))
     return Rate(yes, n, yes / n, upper, lower, confidence)
 
-# %% ../../nbs/experiments/simulate.ipynb #1d888022
+# %% ../../nbs/experiments/simulate.ipynb #e6af2f3d
 METRICS, BASELINES = ("proportion", "heavy"), ("flat", "drift", "step")
 _VALUES = 2.0 ** np.arange(15)
 _CHANCES = 2 ** (-2.2 * np.arange(15)) / (2 ** (-2.2 * np.arange(15))).sum()
@@ -74,9 +74,9 @@ class Scenario(Record):
     def __post_init__(self) -> None:
         if self.metric not in METRICS: raise InputError(f"metric is {self.metric!r}: it must be one of {', '.join(METRICS)}")
         if self.baseline not in BASELINES: raise InputError(f"baseline is {self.baseline!r}: it must be one of {', '.join(BASELINES)}")
-        top = self.rate * max(1.0, self.growth) * max(1.0, 1 + self.effect)
+        top = self.rate * (1.0 if self.baseline == "flat" else max(1.0, self.growth)) * max(1.0, 1 + self.effect)
         if not (self.rate > 0 and self.growth > 0 and self.effect > -1): raise InputError(f"rate is {self.rate}, growth {self.growth} and effect {self.effect}: rate and growth are positive, an effect is above -1")
-        if self.metric == "proportion" and top > 1: raise InputError(f"rate is {self.rate}: with growth and effect it becomes {top:g}, a proportion is at most 1")
+        if self.metric == "proportion" and top > 1: raise InputError(f"rate is {self.rate:g}: with growth and effect it becomes {top:g}, a proportion is at most 1")
         if not self.stages or any(not (0 < share <= 1 and days >= 1) for share, days in self.stages): raise InputError(f"stages is {self.stages}: each has a share in (0, 1] and at least one day")
         if self.users < self.looks or self.looks < 1: raise InputError(f"users is {self.users} and looks {self.looks} a day: each look needs a user")
 

@@ -335,7 +335,7 @@ def _mean(summaries: Summaries, protocol: Protocol, arm: str) -> float:
     moments = summaries.moments(arm)
     return moments.average(protocol.metric.numerator) if moments.count else 0.0
 
-# %% ../../nbs/experiments/verdict.ipynb #b4527212
+# %% ../../nbs/experiments/verdict.ipynb #f205f6dd
 def decide(
     summaries: Summaries,          # by arm, stage and day: users whose outcomes are known
     protocol: Protocol,            # what counts
@@ -376,8 +376,10 @@ def _judged(item: Evidence, pvalue: float, protocol: Protocol, summaries: Summar
         done = "the planned maximum is reached, keep the control" if fraction >= 1 else f"{fraction:.0%} of the planned users are in"
         return judged("hold", f"No gain of {name} is shown after {len(item.looks)} looks (p {pvalue:.3g}); {done}.")
     result = _adjusted(item, protocol, pvalue)
-    effect, relative = (result.effect if result else item.effect), f", {item.relative:+.1%} relative" if item.relative is not None else ""
-    gain = f"{name} is better: {protocol.metric} {effect}{relative}, p {pvalue:.3g} after {len(item.looks)} looks"
+    effect, last = (result.effect if result else item.effect), item.looks[-1].effect
+    relative = item.relative * effect.value / last if item.relative is not None and effect is not None and last else item.relative
+    item = dataclasses.replace(item, relative=relative)
+    gain = f"{name} is better: {protocol.metric} {effect}{f', {relative:+.1%} relative' if relative is not None else ''}, p {pvalue:.3g} after {len(item.looks)} looks"
     still = [guard.metric for guard in item.guardrails if guard.state != "kept"]
     if still: return judged("hold", f"{gain}; but it is not shown yet that {', '.join(still)} keeps its margin.", stopped=result, effect=effect)
     return judged("promote", f"{gain}{'; every guardrail is kept' if item.guardrails else ''}.", stopped=result, effect=effect)
