@@ -1,6 +1,9 @@
 """History features: against a slow per-row oracle, from batch and from state, and never from the future."""
 
+import datetime as dt
 import math
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,7 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calling_ai.core.errors import InputError
-from calling_ai.store.history import HistoryState, days, history_features
+from calling_ai.store.columns import read_columns
+from calling_ai.store.decisions import DecisionLog, example_decisions, example_outcomes
+from calling_ai.store.history import (
+    HistoryState,
+    Messages,
+    Past,
+    counting,
+    days,
+    history_features,
+    messages_select,
+    standings,
+    to_messages,
+    user_history,
+)
+from calling_ai.store.identity import pseudonym
+from calling_ai.store.migrations import upgrade
 
 WORDS = {1: "positive", 0: "neutral", -1: "negative"}
 
@@ -237,3 +255,156 @@ def test_ties_are_broken_by_content_not_by_order():
         rng.shuffle(rows)
         rows = [tuple(row) for row in rows]
         np.testing.assert_array_equal(ask([(0, 9.0)], rows), first)
+
+
+# ------------------------------------------------------------------------------------------------ on the log
+
+
+def expected(known, at):
+    "Return the features of outcomes (dated, score, code) at a moment, by the definition."
+    if not known:
+        return [math.nan, math.nan, math.nan, 0.0, math.nan, math.nan]
+    return oracle(0, at, [(0, dated, dated, score, code) for dated, score, code in known])
+
+
+def as_known(messages, user, at):
+    "Return what counted for a user at a moment, by reading the rule aloud."
+    seen = [m for m in messages if m["user"] == user and max(m["received"], m["happened"], m["recorded"]) < at]
+    counted = []
+    for decision in sorted({m["decision"] for m in seen}):
+        own = [m for m in seen if m["decision"] == decision]
+        gone = {m["corrects"] for m in own}
+        alive = [m for m in own if m["key"] not in gone]
+        if alive:
+            best = max(alive, key=lambda m: (m["happened"], m["key"]))
+            counted.append((min(best["received"], best["happened"]), best["score"], best["code"]))
+    return counted
+
+
+def to_arrays(rows):
+    received, happened, recorded = (np.array([m[name] for m in rows], float) for name in BOTH)
+    return Messages(
+        user=np.array([m["user"] for m in rows], np.int64),
+        decision=np.array([m["decision"] for m in rows], np.int64),
+        key=[m["key"] for m in rows],
+        corrects=[m["corrects"] for m in rows],
+        seen=np.maximum(np.maximum(received, happened), recorded),
+        happened=happened,
+        dated=np.minimum(received, happened),
+        score=np.array([m["score"] for m in rows], float),
+        code=np.array([m["code"] for m in rows], float),
+    )
+
+
+BOTH = ("received", "happened", "recorded")
+quarter = st.integers(0, 60).map(lambda n: 20_000 + n / 4)  # ties between all clocks are common
+
+
+@st.composite
+def message_logs(draw):
+    "Return messages about nine decisions of three users: second opinions, corrections, corrections of corrections."
+    rows = []
+    recorded = [draw(quarter) for _ in range(9)]
+    for number in range(draw(st.integers(0, 25))):
+        decision = draw(st.integers(0, 8))
+        others = [m["key"] for m in rows if m["decision"] == decision]
+        rows.append(
+            {
+                "user": decision % 3,
+                "decision": decision,
+                "key": f"m{draw(st.integers(0, 9))}-{number}",
+                "corrects": draw(st.sampled_from([None, *others])),
+                "received": draw(quarter),
+                "happened": draw(quarter),
+                "recorded": recorded[decision],
+                "score": draw(st.floats(0, 1)),
+                "code": draw(st.sampled_from((-1, 0, 1))),
+            }
+        )
+    return rows
+
+
+@settings(max_examples=80, deadline=None)
+@given(message_logs(), st.lists(st.tuples(st.integers(0, 3), quarter), min_size=1, max_size=12), st.randoms())
+def test_the_past_is_what_was_known_then(rows, questions, random):
+    """Corrections, late and early messages, ties: as the rule says, in any order, and the future changes no bit."""
+    order = random.sample(range(len(rows)), len(rows))
+    messages = to_arrays([rows[i] for i in order])
+    user, at = (np.array(part) for part in zip(*questions, strict=True))
+    asked = np.where(user < 3, user, -1)
+    answer = Past(standings(messages)).features(asked, at.astype(float))
+    np.testing.assert_allclose(
+        answer, [expected(as_known(rows, u, t), t) for u, t in questions], rtol=0, atol=1e-9, equal_nan=True
+    )
+    for place, (who, when) in enumerate(questions):
+        then = [m for m in rows if max(m[name] for name in BOTH) < when]
+        alone = Past(standings(to_arrays([m for m in then if m["user"] == who]))).features(np.array([who % 3]), [when])
+        np.testing.assert_array_equal(alone[0] if who < 3 else answer[place], answer[place])
+
+
+def test_many_corrections_of_one_user_cost_little():
+    rows = 2_000
+    rng = np.random.default_rng(0)
+    when = np.sort(rng.uniform(0, 300, rows))
+    decision = np.repeat(np.arange(rows // 2), 2)
+    keys = [f"m{i:05d}" for i in range(rows)]
+    corrects = [None if i % 2 == 0 else keys[i - 1] for i in range(rows)]
+    messages = Messages(
+        np.zeros(rows, np.int64), decision, keys, corrects, when, when, when, rng.random(rows), np.ones(rows)
+    )
+    answer = Past(standings(messages)).features(np.zeros(2, np.int64), np.array([150.0, 400.0]))
+    assert answer[1, 2] == pytest.approx(messages.score[1::2].mean()) and answer[0, 3] == 1.0
+
+
+@pytest.fixture
+def filled(database_url):
+    "Return a log with corrections, and its decisions."
+    log = DecisionLog(database_url, b"a secret of the tests")
+    if log.database.dialect.name == "postgresql":
+        upgrade(log.database)
+    made = example_decisions(rows=600, users=12)
+    log.record_frame(made)
+    told = example_outcomes(made)
+    log.record_outcomes(told)
+    fixed = told.sample(frac=0.2, random_state=1)
+    log.record_outcomes(
+        fixed.assign(
+            id="fix-" + fixed["id"],
+            corrects=fixed["id"],
+            outcome_score=0.5,
+            outcome_type="neutral",
+            received_at=fixed["received_at"] + pd.Timedelta(days=2),
+        )
+    )
+    return log, made
+
+
+def test_one_user_and_all_users_agree_in_every_bit(filled):
+    log, made = filled
+    users = {}
+    past = Past(standings(to_messages(counting(read_columns(log.database, messages_select()), 1_200), users)))
+    assert len(past.users), "the test needs users with superseded messages"
+    for number, moment in enumerate(made["decided_at"].iloc[::40]):
+        key = pseudonym(f"person-{number % 12}", log.secret)
+        batch = past.features(np.array([users[key]]), days([moment]))[0]
+        alone = user_history(log.database, key, moment.to_pydatetime())
+        np.testing.assert_array_equal(alone, batch)
+        berlin = moment.tz_convert("Europe/Berlin").to_pydatetime()
+        np.testing.assert_array_equal(user_history(log.database, key, berlin), batch)
+
+
+def test_the_microsecond_of_receipt_is_not_yet_after_it(filled):
+    log, _ = filled
+    first = log.outcomes(user="person-1").sort_values("received_at").iloc[0]
+    at = first["received_at"].to_pydatetime()
+    key = pseudonym("person-1", log.secret)
+    assert user_history(log.database, key, at)[3] == 0.0
+    assert user_history(log.database, key, at + dt.timedelta(microseconds=1))[3] == 0.01
+
+
+def test_scoring_path_imports_nothing_heavy():
+    code = (
+        "import sys, calling_ai.store.history; print([m for m in ('pandas', 'pyarrow', 'scipy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

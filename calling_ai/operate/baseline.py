@@ -10,7 +10,8 @@ about everybody."""
 
 # %% auto #0
 __all__ = ['INTERACTIONS', 'TOLD', 'BY_CALL', 'BY_SCORE', 'ACCEPTED', 'SUCCESS', 'LIMITS', 'EPOCH', 'Sufficiency', 'sufficiency',
-           'share_of', 'Formula', 'Target', 'targets', 'Measured', 'measure', 'measure_log']
+           'share_of', 'Formula', 'Target', 'targets', 'Measured', 'measure', 'measure_log', 'rows_of_figures',
+           'rows_of_targets']
 
 # %% ../../nbs/operate/baseline.ipynb #f8e84958
 import datetime as dt
@@ -169,3 +170,18 @@ def measure_log(
     names = ["user_key", "called", "outcome_score", "formula_score", "action", "inverse_propensity"]
     evaluation = workspace.evaluation
     return measure(read_snapshot(kept.path, columns=names), evaluation.replicates, evaluation.confidence, kept.digest), kept
+
+# %% ../../nbs/operate/baseline.ipynb #357fe179
+def rows_of_figures(
+    measured: Measured,
+) -> list[list[str]]:  # figure, as it is, weighted
+    "Return the figures of the formula, one row each."
+    return [[name.replace("_", " "), str(item), str(measured.formula.weighted[name])] for name, item in measured.formula.figures.items()]
+
+def rows_of_targets(
+    measured: Measured,
+) -> list[list[str]]:  # what, today, target, people
+    "Return the targets, one row each, and the limits that must be kept."
+    found = [[item.label, str(item.today), f"{item.lower:.3f} to {item.upper:.3f}" if item.people else "beyond reach", f"{item.people:,}" if item.people else "–"]
+             for item in measured.targets]
+    return [*found, *([name, "–", limit, "–"] for name, limit in measured.limits.items())]

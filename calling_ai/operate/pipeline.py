@@ -129,14 +129,15 @@ def champions(
         with contextlib.suppress(NotFoundError): found[model] = Registry(workspace.root).get(model, "champion")
     return found
 
-# %% ../../nbs/operate/pipeline.ipynb #c928764e
+# %% ../../nbs/operate/pipeline.ipynb #8a261429
 def prepare(run: Run, progress: Progress | None = None) -> dict[str, Any]:
     "Let the town live, and write snapshot and truth."
     policy, evaluation = run.settings.policy, run.settings.evaluation
     return run_step(run, "prepare", {
         "people": run.people, "weeks": run.weeks, "seed": run.settings.town.seed, "gate": policy.gate, "threshold": policy.threshold,
         "exploration": policy.exploration, "test_weeks": evaluation.test_weeks, "test_share": evaluation.test_share,
-        "validation_share": evaluation.validation_share, "folder": _relative(run, run.settings.var / "snapshots")}, progress=progress)
+        "validation_share": evaluation.validation_share, "folder": _relative(run, run.settings.var / "snapshots"),
+        "workspace": _relative(run, run.settings.root)}, progress=progress)
 
 def train(run: Run, model: str, progress: Progress | None = None) -> dict[str, Any]:
     "Train, calibrate, export and verify one model."

@@ -259,7 +259,7 @@ def standings(
     return np.column_stack([messages.user[row], np.concatenate([messages.seen[single], walked[:, 1]]), np.concatenate([np.full(len(single), np.inf), walked[:, 2]]),
                             messages.dated[row], messages.score[row], messages.code[row], row])
 
-# %% ../../nbs/store/history.ipynb #4dd3615a
+# %% ../../nbs/store/history.ipynb #e36ddba4
 class Past:
     "What was known about users, ready to be asked for any user and moment."
 
@@ -282,12 +282,12 @@ class Past:
         self.tallies = Tallies(np.concatenate(parts))
 
     def features(self,
-        user: np.ndarray,  # n user indices, -1 for somebody of whom nothing is known
+        user: np.ndarray,  # n user indices, -1 or one never seen for somebody of whom nothing is known
         at: np.ndarray,    # n moments, days
     ) -> np.ndarray:  # n x 6, NaN where there is nothing to say
         "Return the six history features of users at moments."
         user, at = np.asarray(user, np.int64), np.asarray(at, float)
-        who, changed = user.copy(), np.isin(user, self.users)
+        who, changed = np.where(user < self.beyond, user, -1), np.isin(user, self.users)
         passed = np.searchsorted(self.changes, user[changed] + at[changed] * 1j, side="left")  # of all users up to this one
         who[changed] = self.beyond + passed + np.searchsorted(self.users, user[changed])
         return map_history(self.tallies.before(who, at)[0], at)

@@ -44,7 +44,7 @@ def micros_of(
     "Return a moment as whole microseconds since 1970 UTC."
     return (moment - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
 
-# %% ../../nbs/store/labels.ipynb #1462fd10
+# %% ../../nbs/store/labels.ipynb #002fe05a
 YOUNG = ("mark", "leave out")
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class LabelQuery(Record):
     skew_seconds: float = explained("by which clocks may differ", default=1_200.0)
     young: str = explained("decisions whose window is open: mark, or leave out", default="mark")
     clip: float = explained("largest inverse propensity", default=20.0)
+    only: dict[str, str] = explained("only decisions whose column has this value, such as {'policy_version': 'v2'}", default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("since", "until", "known_at"):
@@ -65,14 +66,21 @@ class LabelQuery(Record):
         if not self.since < self.until: raise InputError(f"since is {self.since.isoformat()} and until {self.until.isoformat()}: until must come later")
         if self.young not in YOUNG: raise InputError(f"young is {self.young!r}: it must be {' or '.join(YOUNG)}")
         if not self.clip >= 1: raise InputError(f"clip is {self.clip}: the largest weight must be at least 1")
+        for name in self.only:
+            if name not in decisions_table.c: raise InputError(f"only names {name!r}: it must be a column of a decision")
         if not self.attribution_days > 0: raise InputError(f"attribution_days is {self.attribution_days}: the window must be longer than nothing")
+
+    @property
+    def chosen(self) -> list[Any]:
+        "The conditions of `only`, and that the decision was in the log at the cut."
+        return [decisions_table.c.recorded_at < self.known_at, *(decisions_table.c[name] == value for name, value in self.only.items())]
 
     def to_dict(self) -> dict[str, Any]:
         "Return the query as text and numbers, times in UTC."
-        return {name: value if isinstance(value, str) else value.astimezone(dt.UTC).isoformat() if isinstance(value, dt.datetime) else float(value)
+        return {name: value if isinstance(value, (str, dict)) else value.astimezone(dt.UTC).isoformat() if isinstance(value, dt.datetime) else float(value)
                 for name, value in super().to_dict().items()}
 
-# %% ../../nbs/store/labels.ipynb #10611a0a
+# %% ../../nbs/store/labels.ipynb #823010aa
 def _whole_decisions(blocks: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
     "Yield blocks in which no decision is cut in two."
     held: dict[str, np.ndarray] = {}
@@ -116,7 +124,7 @@ def read_outcomes(
     "Read what outcomes say, once."
     users: dict[str, int] = {}
     turns, labels = [np.empty((0, 7))], []
-    select = messages_select(outcomes_table.c.received_at < query.known_at, decisions_table.c.recorded_at < query.known_at)
+    select = messages_select(outcomes_table.c.received_at < query.known_at, *query.chosen)
     for block in _whole_decisions(stream(connection, select)):
         block = counting(block, query.skew_seconds)
         turns.append(standings(to_messages(block, users)))
