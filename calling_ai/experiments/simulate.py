@@ -188,7 +188,7 @@ def rollouts(
     (weight, score, variance), naive, ready = (np.concatenate(parts, axis=-1) for parts in zip(*chunks, strict=True))
     return Paths(scenario, weight, score, variance, naive, ready)
 
-# %% ../../nbs/experiments/simulate.ipynb #7bf668de
+# %% ../../nbs/experiments/simulate.ipynb #90f0c25e
 @dataclass(frozen=True, eq=False)
 class Stops(Record):
     "Which experiments were stopped by a rule, and when."
@@ -217,14 +217,14 @@ def promotions(
     looks: int | None = None,    # number of looks, evenly spaced; nothing: all
     alpha: float = 0.025,        # one-sided error of all looks together
     spending: Spending = Spending(),  # how alpha is used up
-    pooled: bool = False,        # ignore the strata: what not to do
+    like: Stops | None = None,   # stops of the same looks whose bound is used again, for Z of the pooled arms: what not to do
 ) -> Stops:
     "Stop experiments whose treatment is better, by a group sequential design on the planned maximum."
+    if like is not None: return _stops(like.looks, like.bound, (paths.pooled_z[like.looks] >= like.bound[:, None]) & paths.ready[like.looks])
     at = _every(paths, looks)
     fraction, information = _plan(paths, at)
     bound = spending_boundary(fraction, alpha, spending, "greater", information)
-    z = paths.pooled_z[at] if pooled else paths.z[at]
-    return _stops(at, bound, (z >= bound[:, None]) & paths.ready[at])
+    return _stops(at, bound, (paths.z[at] >= bound[:, None]) & paths.ready[at])
 
 # %% ../../nbs/experiments/simulate.ipynb #44422d06
 def rollbacks(
@@ -238,7 +238,7 @@ def rollbacks(
     bound = sequence_reach(np.maximum(4 * paths.weight[at], 1e-9), mixture_rho(optimum, alpha, one_sided=True), alpha, one_sided=True)
     return _stops(at, bound.mean(axis=1), (-paths.z[at] > bound) & paths.ready[at])
 
-# %% ../../nbs/experiments/simulate.ipynb #3804b61a
+# %% ../../nbs/experiments/simulate.ipynb #41fe93a1
 GRID: tuple[tuple[str, float], ...] = (("proportion", 0.005), ("proportion", 0.1), ("proportion", 0.5), ("heavy", 1.0))
 
 def error_grid(
@@ -262,9 +262,10 @@ def error_table(
     for index, scenario in enumerate(scenarios):
         paths = rollouts(scenario, runs, seed + index)
         for number in looks:
+            found = promotions(paths, number, alpha)
             rows.append({"metric": scenario.metric, "rate": scenario.rate, "baseline": scenario.baseline, "late": scenario.late, "looks": number,
-                         "promoted": rate_of(promotions(paths, number, alpha).stopped), "rolled_back": rate_of(rollbacks(paths, number, alpha).stopped),
-                         "pooled": rate_of(promotions(paths, number, alpha, pooled=True).stopped)})
+                         "promoted": rate_of(found.stopped), "rolled_back": rate_of(rollbacks(paths, number, alpha).stopped),
+                         "pooled": rate_of(promotions(paths, like=found).stopped)})
     return rows
 
 def shown(
