@@ -9,8 +9,8 @@ wrong usage, 3 when a gate refused and 130 after Ctrl-C. An error is one line; t
 # %% auto #0
 __all__ = ['app', 'Json', 'Moment', 'database_app', 'experiment_app', 'ModelName', 'Kind', 'run', 'train', 'tune', 'score',
            'generate', 'versions', 'doctor', 'snapshot', 'quality', 'baseline', 'forget', 'upgrade_database',
-           'downgrade_database', 'show_database', 'analyse_experiment', 'design_experiment', 'simulate_experiment',
-           'verify', 'main']
+           'downgrade_database', 'show_database', 'backup_database', 'drain_database', 'analyse_experiment',
+           'design_experiment', 'simulate_experiment', 'verify', 'main']
 
 # %% ../nbs/cli.ipynb #edc48999
 import contextlib
@@ -339,6 +339,31 @@ def show_database(as_json: Json = False) -> None:
     from calling_ai.store.database import engine
     from calling_ai.store.migrations import status
     _show_schema(status(engine(settings().database_url)), as_json)
+
+# %% ../nbs/cli.ipynb #a893c44c
+@database_app.command("backup")
+def backup_database(
+    path: Annotated[Path, typer.Argument(help="The copy; replaced when it exists.")],
+    as_json: Json = False,
+) -> None:
+    "Copy the embedded database while others write, whole and checked."
+    from calling_ai.store.backup import backup
+    from calling_ai.store.database import engine
+    copy = backup(engine(settings().database_url), path)
+    if as_json: return _print_json(copy.to_dict())
+    _console().print(f"{copy.path}: {sum(copy.rows.values()):,} rows, {copy.size:,} bytes, SHA-256 {copy.digest}", soft_wrap=True)
+
+@database_app.command("drain")
+def drain_database(as_json: Json = False) -> None:
+    "Bring in rows of the log that dead processes left on the disk."
+    from calling_ai.store.decisions import DecisionLog
+    from calling_ai.store.spill import read_refused
+    from calling_ai.store.writer import drain
+    folder = settings().var / "spill"
+    counters = drain(DecisionLog.open(settings()), folder)
+    if as_json: return _print_json(counters.to_dict())
+    _console().print(f"{counters.adopted:,} rows found: {counters.written:,} written, {counters.repeated:,} there already, {counters.forgotten:,} of forgotten people, "
+                     f"{counters.refused:,} put aside; {len(read_refused(folder)):,} lie in {folder.name}/refused.jsonl", soft_wrap=True)
 
 # %% ../nbs/cli.ipynb #369c368a
 experiment_app = typer.Typer(no_args_is_help=True, help="Judge an experiment, plan one, or simulate its errors.")

@@ -118,7 +118,7 @@ def write_apart(
             return Counter(refused=1), [(rows[0], reason_of(again))]
     return Counter(written=result.written, repeated=result.repeated, forgotten=result.forgotten), []
 
-# %% ../../nbs/store/writer.ipynb #ee034844
+# %% ../../nbs/store/writer.ipynb #79489db4
 ADOPT_SECONDS = 10.0  # how often to look for what dead processes left
 PROBE_SECONDS = 2.0   # longest pause between two attempts while the database is away
 REST_SECONDS = 0.25   # pause after the disk refused, in which it is not asked again
@@ -201,6 +201,14 @@ class LogWriter:
         "Hand an exposure over."
         self._hand("exposure", row)
 
+    def hand(self,
+        kind: str,           # decision, outcome or exposure
+        rows: Sequence[Any], # as of `as_row`; they must not change afterwards
+    ) -> None:
+        "Hand several rows over; with `durable` they share one `fsync`."
+        for row in rows: self._hand(kind, row, secure=False)
+        if self.durable: self._secure(self._handed)
+
     def flush(self,
         timeout: float = 30.0,  # seconds
     ) -> bool:  # whether everything handed over so far is in the log, or put aside
@@ -263,14 +271,14 @@ class LogWriter:
 
     # Handing over: in the thread of the caller.
 
-    def _hand(self, kind: str, row: Any) -> None:
+    def _hand(self, kind: str, row: Any, secure: bool = True) -> None:
         with self._lock:
             if len(self._rows) >= self.capacity or self.closed or not self._threads: self._make_room()
             self._rows.append((kind, row, time.monotonic()))
             self._handed = number = self._handed + 1
             waiting = number - self._done
         if waiting == self.batch_rows: self._wake.set()
-        if self.durable: self._secure(number)
+        if self.durable and secure: self._secure(number)
 
     def _make_room(self) -> None:
         "With the lock held: see to it that there is a thread and a place, or raise."
