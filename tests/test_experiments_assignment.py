@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 
-from calling_ai.core.errors import InputError, InputTypeError
+from calling_ai.core.errors import CallingError, InputError, InputTypeError
 from calling_ai.experiments.assignment import (
     BUCKETS,
     Experiment,
@@ -33,6 +34,8 @@ from calling_ai.experiments.assignment import (
     positions,
     ramp_up,
 )
+from calling_ai.store.decisions import DecisionLog
+from calling_ai.store.identity import uuid7s
 
 
 def keys(number: int, seed: str = "user") -> list[str]:
@@ -336,27 +339,39 @@ def test_stages_are_asked_for_by_name() -> None:
 # ----------------------------------------------------------------------------------------------------- exposures
 
 
-class Notes:
-    """A log that remembers what it was given."""
-
-    def __init__(self) -> None:
-        self.frames: list[pd.DataFrame] = []
-
-    def expose(self, frame: pd.DataFrame) -> None:
-        """Remember a frame."""
-        self.frames.append(frame)
-
-
-def test_exposures_carry_the_probability_of_the_arm() -> None:
-    log, assigned = Notes(), assign(PEOPLE[:1000], ROLLOUT, "10 %", holdout=Holdout("h", 0.2))
+def test_exposures_carry_the_probability_of_the_arm_into_the_log(workspace: Path) -> None:
+    log = DecisionLog.open(workspace)
+    assigned = assign(PEOPLE[:1000], ROLLOUT, "10 %", holdout=Holdout("h", 0.2))
     at = pd.Timestamp("2026-03-29 01:30", tz="UTC")
-    assert expose(log, assigned, at, [f"d{index}" for index in range(1000)]) == int(assigned.exposed.sum())
-    (frame,) = log.frames
-    assert frame["share"].tolist() == [{"formula": 0.9, "hybrid": 0.1}[arm] for arm in frame["arm"]]
-    assert (frame["exposed_at"] == at).all() and frame["decision_id"].str.startswith("d").all()
-    assert_array_equal(frame["user_key"], assigned.user[assigned.exposed])
+    ids = [str(item) for item in uuid7s(1000)]
+    assert expose(log, assigned, at, ids) == int(assigned.exposed.sum())
+    assert expose(log, assigned, at, ids) == int(assigned.exposed.sum()), "once more changes nothing"
+    found = log.exposed("hybrid").set_index("user_key").loc[assigned.user[assigned.exposed].tolist()]
+    assert found["share"].tolist() == [{"formula": 0.9, "hybrid": 0.1}[arm] for arm in found["arm"]]
+    assert found["arm"].tolist() == assigned.arm[assigned.exposed].tolist()
+    assert (found["exposed_at"] == at).all() and (found["stage"] == "10 %").all()
+    assert [str(item) for item in found["decision_id"]] == [
+        item for item, inside in zip(ids, assigned.exposed) if inside
+    ]
+    expose(log, assign(PEOPLE[:1000], ROLLOUT, "50 %"), at)
+    assert len(log.exposed("hybrid")) == int(assigned.exposed.sum()) + 1000
+    nobody = assign(PEOPLE[:5], Experiment.from_dict(GOOD | {"traffic": 0.0}))
+    assert expose(log, nobody, at) == 0 and log.exposed("e").empty
+
+
+def test_another_arm_in_the_same_stage_is_a_conflict(workspace: Path) -> None:
+    log = DecisionLog.open(workspace)
+    at = pd.Timestamp("2026-03-29 01:30", tz="UTC")
+    expose(log, assign(PEOPLE[:50], ROLLOUT, "50 %"), at)
+    other = Experiment("hybrid", "another salt", ROLLOUT.arms, ROLLOUT.control, stages=ROLLOUT.stages)
+    with pytest.raises(CallingError, match="arm"):
+        expose(log, assign(PEOPLE[:50], other, "50 %"), at)
+
+
+def test_exposures_of_the_wrong_length_are_refused() -> None:
+    assigned = assign(PEOPLE[:1000], ROLLOUT, "10 %")
     with pytest.raises(InputError, match="decision_ids has 2 items"):
-        exposures(assigned, at, ["a", "b"])
-    assert (
-        expose(log, assign(PEOPLE[:5], Experiment.from_dict(GOOD | {"traffic": 0.0})), at) == 0 and len(log.frames) == 1
-    )
+        exposures(assigned, pd.Timestamp("2026-03-29", tz="UTC"), ["a", "b"])
+    with pytest.raises(InputError, match="exposed_at has 1 items"):
+        exposures(assigned, [pd.Timestamp("2026-03-29", tz="UTC")])
+    assert_array_equal(exposures(assigned, "2026-03-29T00:00:00Z")["user_key"], assigned.user)
