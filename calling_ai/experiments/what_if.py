@@ -29,7 +29,7 @@ from ..score.policy import Policy
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/experiments/what_if.ipynb #ac75e665
+# %% ../../nbs/experiments/what_if.ipynb #3e39f475
 def changed(
     current: Policy,                   # the policy that the question starts from
     *,
@@ -39,7 +39,7 @@ def changed(
     exploration: float | None = None,  # share of decisions turned around
 ) -> Policy:
     "Return a policy with some of its numbers replaced."
-    given = {"weight": weight, "gate": gate, "threshold": threshold, "exploration": exploration}
+    given: dict[str, Any] = {"weight": weight, "gate": gate, "threshold": threshold, "exploration": exploration}
     return replace(current, **{name: value for name, value in given.items() if value is not None})
 
 # %% ../../nbs/experiments/what_if.ipynb #6060bcd2

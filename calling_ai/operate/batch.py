@@ -12,12 +12,11 @@ it stopped. Nothing is lost, doubled, or scored with two versions."""
 # %% auto #0
 __all__ = ['BATCH', 'Partition', 'cut', 'Job', 'owned', 'plan', 'score_partition', 'pending', 'finish', 'score_tables']
 
-# %% ../../nbs/operate/batch.ipynb #1479dcd9
+# %% ../../nbs/operate/batch.ipynb #ca734804
 import contextlib
 import fcntl
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -78,7 +77,7 @@ def cut(
     held = sum(sizes[begin:])
     return found + ([Partition(first + len(found), name, list(range(begin, len(sizes))), row, held)] if held else [])
 
-# %% ../../nbs/operate/batch.ipynb #490c362e
+# %% ../../nbs/operate/batch.ipynb #3a0191d2
 @dataclass(frozen=True)
 class Job(Record):
     "A batch of tables on its way from input to output."
@@ -148,7 +147,7 @@ def plan(
         partitions += cut(path, name, rows, len(partitions))
     if not partitions: raise InputError(f"{source.name} holds no rows: a table needs at least one")
     scorer = Scorer.load(version, root=workspace.root)
-    about = {"version": version, "policy": scorer.policy.to_dict(), "models": _identity(scorer),
+    about: dict[str, Any] = {"version": version, "policy": scorer.policy.to_dict(), "models": _identity(scorer),
              "inputs": {name: sha256_file(path) for name, path in files.items()}, "partitions": [part.to_dict() for part in partitions]}
     digest = sha256_bytes(to_json(about).encode())
     job = Job(source, target, target.parent / f".{target.name}.scoring", workspace.root, version, about["policy"], about["models"],
@@ -237,7 +236,7 @@ def pending(
     "Return the partitions that are not done yet."
     return [part.index for part in job.partitions if _counts(job.part(part.index), job, part.index) is None]
 
-# %% ../../nbs/operate/batch.ipynb #f114b081
+# %% ../../nbs/operate/batch.ipynb #a5a4cc5f
 def _join(parts: list[Path], path: Path) -> None:
     "Write the rows of all parts into one file, a row group at a time."
     import pyarrow.parquet as pq
@@ -264,7 +263,7 @@ def finish(
             whole = job.work / "whole"
             if whole.is_dir(): shutil.rmtree(whole)
             for name, parts in by_file.items(): _join(parts, whole / name)
-            os.rename(whole, job.target)
+            whole.rename(job.target)
         else: _join(by_file[job.source.name], job.target)
         shutil.rmtree(job.work)
     except OSError as error: raise explain_os_error(error, f"writing {job.target.name}") from error
