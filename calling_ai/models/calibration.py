@@ -85,7 +85,7 @@ def fit_platt(
         if np.abs(size * move).max() < 1e-10: break
     return float(at[0]), float(at[1])
 
-# %% ../../nbs/models/calibration.ipynb #d6dd82c3
+# %% ../../nbs/models/calibration.ipynb #f2b8ec51
 def fit_isotonic(
     probability: np.ndarray,  # n values in [0, 1] of rows that the network did not learn from
     labels: np.ndarray,       # n labels, 0 or 1, or outcome scores
@@ -101,11 +101,12 @@ def fit_isotonic(
     fitted = isotonic_regression(label, weights=weight).x
     groups = np.minimum(np.cumsum(weight) / weight.sum() * knots, knots - 1e-9).astype(int)
     mass = np.bincount(groups, weights=weight, minlength=knots)
-    at, means = (np.bincount(groups, weights=weight * part, minlength=knots)[mass > 0] / mass[mass > 0] for part in (value, fitted))
-    apart = np.r_[True, np.diff(at) > 1e-6]
-    at, means = at[apart], np.clip(np.maximum.accumulate(means[apart]), 0, 1)
-    if len(at) < 2: at, means = np.array([0.0, 1.0]), np.repeat(means[0], 2)
-    return at, means
+    at = np.bincount(groups, weights=weight * value, minlength=knots)[mass > 0] / mass[mass > 0]
+    groups = np.cumsum(np.diff(at, prepend=at[0]) > 1e-6)[np.searchsorted(np.flatnonzero(mass > 0), groups)]  # equal knots become one
+    mass = np.bincount(groups, weights=weight)
+    at, means = (np.bincount(groups, weights=weight * part) / mass for part in (value, fitted))
+    if len(at) < 2: return np.array([0.0, 1.0]), np.clip(np.repeat(means, 2), 0, 1)
+    return at, np.clip(np.maximum.accumulate(means), 0, 1)
 
 # %% ../../nbs/models/calibration.ipynb #4652b865
 def bin_of(

@@ -248,7 +248,7 @@ def calibrate(
     if network.spec.isotonic: set_curve(network, *fit_isotonic(to_probability(slope * logits + intercept), labels, weights))
     return slope, intercept
 
-# %% ../../nbs/models/training.ipynb #c7def259
+# %% ../../nbs/models/training.ipynb #1f9d05a1
 def train(
     spec: NetworkSpec,              # what to build
     features: np.ndarray,           # n x 39 or 45 of the training part, NaN = missing
@@ -277,7 +277,7 @@ def train(
         with torch.no_grad():
             network.biases[-1].fill_(math.log(max(mean, 1e-3) / max(1 - mean, 1e-3)))
             network.weights[0][..., : spec.features, :].mul_(network.varies[:, None])  # nothing is known about a constant column
-            inputs, held_out = network.prepare(learn[0]), network.prepare(check[0])
+            inputs, held_out = (torch.cat([network.prepare(part) for part in features.split(65_536)]) for features in (learn[0], check[0]))
         curve, best = _fit(network, (inputs, learn[1], weight), (held_out, *check[1:]), options, shift, watch)
         network = network.cpu().eval()
         set_calibration(network, 1.0, shift)
