@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -56,6 +56,7 @@ def test_it_passes_the_contract_and_can_be_learned_from(folder: Path) -> None:
     assert coupons(written(SURVEY, folder), history=False)[list(FEATURE_NAMES[39:])].isna().all(axis=None)
 
 
+@settings(max_examples=12)
 @given(row=st.integers(0, 239))
 def test_an_answer_changes_only_what_comes_after_it_for_the_same_person(row: int, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
     place = tmp_path_factory.getbasetemp()

@@ -11,9 +11,10 @@ is a verdict and a set of parameters, and nobody promotes those by accident."""
 # %% auto #0
 __all__ = ['search_parts', 'tune_model']
 
-# %% ../../nbs/operate/search.ipynb #edcd45bc
+# %% ../../nbs/operate/search.ipynb #c8a2be9f
 import datetime
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def search_parts(
         return LabelledRows(of.features[chosen], of.target[chosen], of.weight[chosen], of.split[chosen], of.user[chosen], of.without_outcome)
     return learn, those(check, ~other), those(check, other)
 
-# %% ../../nbs/operate/search.ipynb #a5289a10
+# %% ../../nbs/operate/search.ipynb #0343be29
 def _snapshot(workspace: Settings, model: str, data: str | Path | None) -> Path:
     "Return the snapshot to search on."
     folder = workspace.var / "snapshots"
@@ -64,7 +65,7 @@ def tune_model(
     seeds: int = 5,              # of each finalist
     epochs: int = 0,             # of each training, at most; 0 is the model's own
     name: str = "search",        # of the study; the same name goes on where it stopped
-    progress: Any = None,        # called with `Progress` whenever something moved
+    progress: Callable[[Progress], None] | None = None,  # called whenever something moved
 ) -> dict[str, Any]:  # best parameters, verdicts, and where the report lies
     "Search for better settings of a model, and say what an interval supports."
     notebook = workspace.root / "nbs" / "pipelines" / "tune.ipynb"
