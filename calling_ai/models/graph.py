@@ -263,7 +263,7 @@ def verify(
         _require(by_kind[kind] <= tolerance, path, f"it differs from its network by {by_kind[kind]:.2g} on inputs of the kind '{kind}', more than {tolerance:g}")
     return Agreement(summary.digest, total, max(by_kind.values()), tolerance, by_kind)
 
-# %% ../../nbs/models/graph.ipynb #3b936f5c
+# %% ../../nbs/models/graph.ipynb #b2be1aaf
 class _Builder:
     "Collects the nodes and the numbers of a graph; equal numbers are kept once."
 
@@ -275,7 +275,7 @@ class _Builder:
     def hold(self, value: Any, kind: type = np.float64) -> str:
         "Keep numbers in the graph and return their name."
         from onnx import numpy_helper
-        array = np.asarray(value, dtype=kind)
+        array: np.ndarray = np.asarray(value, dtype=kind)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.known:
             self.known[key] = f"number_{len(self.known)}"

@@ -126,7 +126,7 @@ class Parts:
             return found, failed
         return ask
 
-# %% ../../nbs/serve/releases.ipynb #138053ed
+# %% ../../nbs/serve/releases.ipynb #28c88904
 _PROBES = np.vstack([np.full((1, 45), np.nan), np.linspace(0, 1, 45)[None], np.full((1, 45), 0.7)])
 
 class Graph:
@@ -152,7 +152,8 @@ class Graph:
         try:
             self.policy = Policy(**json.loads(notes.get("policy", "{}")))
             held = json.loads(notes.get("dials", "{}"))
-            self.dials = Dials(**{key: tuple(value) if isinstance(value, list) else value for key, value in held.items()})
+            kept: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in held.items()}
+            self.dials = Dials(**kept)
         except (TypeError, ValueError) as error: raise IntegrityError(f"{name} carries a policy that is none: {type(error).__name__}") from None
         self._prove(name)
 
@@ -171,7 +172,8 @@ class Graph:
         "Return the function that answers with these numbers."
         given, own = dials.to_dict(), self.dials.to_dict()
         feeds = {key: np.asarray(value, dtype=np.float64) for key, value in given.items() if value != own[key]}
-        run, wanted, nothing = self.session.run, ["answer"], {}
+        run, wanted = self.session.run, ["answer"]
+        nothing: dict[str, str] = {}
         def ask(values: np.ndarray, assessment: np.ndarray | None = None, trend: np.ndarray | None = None) -> tuple[np.ndarray, Mapping[str, str]]:
             if len(values) > CHUNK: return _in_chunks(ask, values, assessment, trend), nothing
             fed = {"features": values, **feeds}

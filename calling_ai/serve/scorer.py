@@ -121,8 +121,9 @@ def tell(
     _logger.warning("%s: %s", version, cause)
     return True
 
-# %% ../../nbs/serve/scorer.ipynb #eefbf96b
-_INDEX = {name: ANSWER.index(name) for name in ("calling_score", "hybrid_score", "boosted_score", "weight", "network_score", "outcome_probability", "certainty", "confidence")}
+# %% ../../nbs/serve/scorer.ipynb #c6f5a98e
+_SCORES = ("calling_score", "hybrid_score", "boosted_score", "weight", "network_score", "outcome_probability")
+_PLACES, _CONFIDENCE = [ANSWER.index(name) for name in _SCORES], ANSWER.index("confidence")
 
 def _known(values: Sequence[float]) -> list[float | None]: return [value if value == value else None for value in values]
 
@@ -141,20 +142,19 @@ def rows_of(
             "outcome_version": scored.versions.get("outcome"), "release_version": scored.release}
     reasons, rows = reasons_of(scored.problems, scored.why), []
     others = {name: list(values) for name, values in about.items()}
-    for place, (numbers, answer, way, called, propensity, explored, identifier) in enumerate(zip(
+    for index, (numbers, answer, way, called, propensity, explored, identifier) in enumerate(zip(
             given, scored.answer.tolist(), scored.ways.tolist(), scored.called.tolist(), scored.propensity.tolist(), scored.explored.tolist(), scored.decision_ids)):
-        row = dict(zip(names, _known(numbers)))
+        row: dict[str, Any] = dict(zip(names, _known(numbers)))
         row.update(zip(TERMS, answer[-len(TERMS):]))
-        row.update(zip(("calling_score", "hybrid_score", "boosted_score", "weight", "network_score", "outcome_probability"), _known([answer[_INDEX[name]] for name in (
-            "calling_score", "hybrid_score", "boosted_score", "weight", "network_score", "outcome_probability")])))
-        level = answer[_INDEX["confidence"]]
+        row.update(zip(_SCORES, _known([answer[place] for place in _PLACES])))
+        level = answer[_CONFIDENCE]
         row.update(same, id=str(identifier), called=called, propensity=propensity, explored=explored, path=WAYS[way], reason=reasons[way],
                    confidence=LEVELS[int(level)] if level == level else None)
-        row.update({name: values[place] for name, values in others.items()})
+        row.update({name: values[index] for name, values in others.items()})
         rows.append(row)
     return rows
 
-# %% ../../nbs/serve/scorer.ipynb #e320bfb0
+# %% ../../nbs/serve/scorer.ipynb #ec332bef
 _tried: set[str] = set()  # digests of files that came back well from the child process
 
 @dataclass
@@ -237,7 +237,7 @@ class Scorer:
         "Open one file from anywhere, after inspecting it."
         data = _read_model(Path(path))
         model = inspect_model(data).model
-        if model != RELEASE: return cls.from_files(**{model: path}, policy=policy, trusted=trusted, **options)  # type: ignore[arg-type]
+        if model != RELEASE: return cls.from_files(**{model: path}, policy=policy, trusted=trusted, **options)
         if not trusted: _try_once(data)
         graph = Graph(data)
         return cls({}, {}, policy or graph.policy, opened=Opened(graph), **options)
