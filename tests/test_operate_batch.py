@@ -188,3 +188,48 @@ def test_kill_9_in_the_middle_loses_and_doubles_nothing(at: Settings, tmp_path: 
     expected = Scorer.load(root=at.root).score_frame(frame)
     np.testing.assert_array_equal(found["calling_score"].to_numpy(), expected["calling_score"].to_numpy())
     assert not work.exists()
+
+
+@pytest.mark.slow
+def test_a_dask_worker_killed_in_the_middle_loses_and_doubles_nothing(at: Settings, tmp_path: Path) -> None:
+    """The partitions of the flow, on a real cluster of processes of which one is killed with partitions in its hands."""
+    distributed = pytest.importorskip("distributed")
+    frame = table(40_000)
+    frame.to_parquet(tmp_path / "in.parquet", row_group_size=1_000, index=False)
+    job = batch.plan(at, tmp_path / "in.parquet", tmp_path / "out.parquet", rows=1_000)
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs="CRITICAL"
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        futures = [client.submit(batch.score_partition, job, index, pure=False) for index in batch.pending(job)]
+        until = time.monotonic() + 60
+        while len(batch.pending(job)) > 35 and time.monotonic() < until:
+            time.sleep(0.01)
+        victim = next(iter(cluster.workers.values()))
+        os.kill(victim.pid, signal.SIGKILL)
+        counts = client.gather(futures)
+    assert sorted(count["index"] for count in counts) == list(range(40))
+    assert batch.finish(job)["rows"] == 40_000
+    found = pd.read_parquet(tmp_path / "out.parquet")
+    assert found["decision_id"].tolist() == frame["decision_id"].tolist()
+    np.testing.assert_array_equal(found["calling_score"], Scorer.load(root=at.root).score_frame(frame)["calling_score"])
+
+
+@pytest.mark.slow
+def test_the_flow_scores_like_the_command_line(at: Settings, root: Path, tmp_path: Path) -> None:
+    table(3_000).to_parquet(tmp_path / "in.parquet", row_group_size=500, index=False)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    command = [sys.executable, str(root / "flows" / "score.py"), "--input", "in.parquet", "--output", "flow.parquet"]
+    environment = clean | {"PREFECT_HOME": str(tmp_path / "prefect"), "CALLING_AI_BATCH__ROWS": "1000"}
+    made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert made.returncode == 0, made.stderr[-2000:]
+    batch.score_tables(at, tmp_path / "in.parquet", tmp_path / "command.parquet")
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "flow.parquet"), pd.read_parquet(tmp_path / "command.parquet")
+    )
+    refused = subprocess.run(
+        command, cwd=tmp_path, env=environment | {"CALLING_AI_BATCH__RUNNER": "spark"}, capture_output=True, text=True
+    )
+    assert refused.returncode != 0 and "[batch] runner is 'spark': it must be threads or dask" in refused.stderr
