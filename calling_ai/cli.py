@@ -444,7 +444,7 @@ def simulate_experiment(
     if as_json: return _print_json(found)
     _console().print(_table(f"{runs:,} simulated experiments (upper bounds: 99 %)", ["what", "value"], in_words(found), fold=False))
 
-# %% ../nbs/cli.ipynb #499413f9
+# %% ../nbs/cli.ipynb #3d7c5766
 @app.command()
 def verify(
     open_bandit: Annotated[Path | None, typer.Option("--open-bandit", help="Folder with the files of the Open Bandit Dataset.", show_default="those numbers are skipped")] = None,
@@ -459,10 +459,11 @@ def verify(
     good = not any(item.status == "failed" for item in checks) and (found is None or found.holds)
     if as_json: _print_json({"good": good, "vectors": checks, "permutation": found, "permutation_skipped": why})
     else:
+        from itertools import groupby
         console = _console()
-        rows = [[item.status, item.group, item.name, "–" if item.value is None else f"{item.value:.10g}", item.published,
-                 item.note if item.difference is None else f"{item.difference:+.1e}", item.source] for item in checks]
-        console.print(_table("Published numbers", ["status", "group", "name", "value", "published", "difference", "source"], rows))
+        for (group, source), items in groupby(checks, lambda item: (item.group, item.source)):
+            rows = [[item.name, "–" if item.value is None else f"{item.value:.10g}", item.published, item.note if item.difference is None else f"{item.difference:+.1e}", item.status] for item in items]
+            console.print(_table(f"{group}: {source}", ["published number", "value here", "published", "difference", "status"], rows, fold=False))
         counts = {name: sum(item.status == name for item in checks) for name in ("ok", "failed", "skipped")}
         console.print(f"{counts['ok']} of {len(checks)} published numbers reproduced, {counts['failed']} failed, {counts['skipped']} skipped for want of data", style="bold", soft_wrap=True)
         if found is None: console.print(f"false positives on your own log: {why}", soft_wrap=True)

@@ -234,7 +234,7 @@ def verify(
     "Recompute every published number."
     return [check(vector, folder) for vector in VECTORS]
 
-# %% ../../nbs/experiments/vectors.ipynb #4bda69a4
+# %% ../../nbs/experiments/vectors.ipynb #a5336953
 FEWEST = 25  # users that each arm needs before anybody looks
 
 @dataclass(frozen=True)
@@ -305,15 +305,14 @@ def permute(
     users = int(number.max()) + 1 if len(keys) else 0
     if users < 100: raise InputError(f"the log has {users} users with a value: at least 100 are needed")
     when, rng = np.asarray(day)[known], np.random.default_rng(seed)
-    hits, looks = np.zeros(4, int), 0
+    hits, bounds = np.zeros(4, int), None
     for size in np.diff(np.append(np.arange(0, permutations, 500), permutations)):
         z, seen = looks_of(number, when, values[known], rng.random((int(size), users)) < 0.5)
-        looks = z.shape[1]
-        once = -ndtri(alpha / 2)
-        staged = sequential.spending_boundary(seen / seen[-1], alpha)
-        always = anytime.sequence_reach(np.maximum(seen, 1), anytime.mixture_rho(float(seen[-1]), alpha), alpha)
+        if bounds is None:  # the same for all deals
+            bounds = -ndtri(alpha / 2), sequential.spending_boundary(seen / seen[-1], alpha), anytime.sequence_reach(seen, anytime.mixture_rho(float(seen[-1]), alpha), alpha)
+        once, staged, always = bounds
         hits += [(np.abs(z[:, -1]) > once).sum(), (np.abs(z) > once).any(axis=1).sum(), (np.abs(z) > staged).any(axis=1).sum(), (np.abs(z) > always).any(axis=1).sum()]
-    return Permutation(users, looks, permutations, alpha, *(rate(int(hit), permutations) for hit in hits))
+    return Permutation(users, z.shape[1], permutations, alpha, *(rate(int(hit), permutations) for hit in hits))
 
 # %% ../../nbs/experiments/vectors.ipynb #225bfc19
 def permute_log(
