@@ -335,6 +335,18 @@ def test_bad_tables_are_refused_before_any_number(change: dict[str, list[Any]], 
         decide(summarise(FRAME | change, ["y"], arms=("control", "hybrid")), PLAIN)
 
 
+def test_a_guardrail_without_any_event_and_a_ratio_without_a_denominator() -> None:
+    """Nobody had an error yet, and nobody was counted below the line: that is too little, and no stack trace."""
+    rows = [Cell(arm, "", f"2026-03-0{day}") for day in (1, 2) for arm in ("control", "hybrid")]
+    values, squares = np.zeros((4, 3)), np.zeros((4, 3, 3))
+    values[:, 0], squares[:, 0, 0] = 300.0, 300.0
+    summaries = from_sums(("y", "errors", "visits"), rows, [1_000] * 4, values, squares, arms=("control", "hybrid"))
+    guarded = dataclasses.replace(PLAIN, guardrails=(Guardrail(Metric("errors"), better="lower"),))
+    found = decide(summaries, guarded)
+    assert found.arms[0].guardrails[0].state == "open" and found.verdict == "hold"
+    assert decide(summaries, dataclasses.replace(PLAIN, metric=Metric("y", "visits"))).verdict == "cannot tell"
+
+
 def test_counts_below_zero_are_refused() -> None:
     with pytest.raises(InputError, match="count is -1"):
         cells([(Cell("control"), -1, 0.0, 0.0)])

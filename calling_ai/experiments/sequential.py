@@ -331,7 +331,7 @@ def _fixed_drift(side: float, power: float) -> float:
     from scipy.special import ndtri
     return float(ndtri(power) - ndtri(side))
 
-# %% ../../nbs/experiments/sequential.ipynb #ff5d1a29
+# %% ../../nbs/experiments/sequential.ipynb #f040bf64
 @dataclass(frozen=True)
 class Stopped(Record):
     "What an experiment has shown when it stops, adjusted for the looks it had."
@@ -351,11 +351,18 @@ def stagewise_tail(
     "Return the probability of an outcome at least as high, ordered by stage: leaving earlier through the top is higher."
     info = _checked(information)
     above, under = _bounds(upper, len(info), math.inf, "upper"), _bounds(lower, len(info), -math.inf, "lower")
-    walk, total = _Walk(info, drift), 0.0
-    for look in range(len(info) - 1):
+    keep = _until_last(info)
+    walk, total = _Walk(info[keep], drift), 0.0
+    for look in np.flatnonzero(keep)[:-1]:
         total += float(walk.beyond(above[look]))
         walk.advance(under[look], above[look])
     return total + walk.beyond(z)
+
+def _until_last(information: np.ndarray) -> np.ndarray:
+    "Return which looks count when the last one does: it stands for the one that it hardly adds to."
+    keep = _looks(information)
+    keep[np.flatnonzero(keep)[-1]], keep[-1] = keep[-1], True
+    return keep
 
 def stopped(
     effects: Sequence[float] | np.ndarray,   # effect at each look, the last one that of the stop
@@ -371,14 +378,12 @@ def stopped(
     sign = -1.0 if _alternative(alternative) == "less" else 1.0
     info = np.maximum.accumulate(1 / error**2)
     above = _bounds(upper, len(info), math.inf, "upper")
-    keep = _looks(info)
-    keep[np.flatnonzero(keep)[-1]], keep[-1] = keep[-1], True  # the last look stands for the one it hardly adds to
     z = sign * effect * np.sqrt(info)
     under = -above if alternative == "two-sided" else np.full(len(info), -math.inf)
     early = (z >= above) | (z <= under)
     early[-1] = False
     if early.any(): raise InputError(f"look {int(np.argmax(early)) + 1} had crossed its bound: the experiment stopped there")
-    frame = (info[keep], above[keep], under[keep])
+    frame = (info, above, under)
     last, scale = float(z[-1]), math.sqrt(info[-1])
     def at(target: float) -> float:
         def excess(drift: float) -> float: return float(stagewise_tail(last, *frame, drift)) - target

@@ -109,7 +109,7 @@ def _made(kind: type, values: Any, what: str) -> Any:
 def _metric(value: Any) -> Metric:
     return Metric(value) if isinstance(value, str) and value else _made(Metric, value, "metric")
 
-# %% ../../nbs/experiments/verdict.ipynb #9d0a455a
+# %% ../../nbs/experiments/verdict.ipynb #ff4cfdb2
 @dataclass(frozen=True)
 class Contrast(Record):
     "A treatment against the control at one moment."
@@ -123,13 +123,13 @@ def contrast(
     control: str,             # name of the control
     treatment: str,           # name of the treatment
     relative: bool = False,   # relative to the control
-) -> Contrast | None:  # nothing where there is nothing to compare yet
+) -> Contrast | None:  # nothing where there is nothing to compare yet, or nothing to be relative to
     "Return effect, error and effective users of a treatment."
-    try: found = compare(summaries, metric, control=control, treatment=treatment, method="z" if not metric.proportion else "z-unpooled", relative=relative)
-    except InputError:
-        if _comparable(summaries, control, treatment): raise
-        return None
+    if not _comparable(summaries, control, treatment): return None
     sides = strata(summaries, metric.columns, control, treatment)
+    means = np.einsum("h,ahk->ak", sides.weight, sides.mean)
+    if (metric.denominator and (means[:, 1] <= 0).any()) or (relative and means[0, 0] <= 0): return None
+    found = compare(summaries, metric, control=control, treatment=treatment, method="z" if not metric.proportion else "z-unpooled", relative=relative)
     n = sides.count
     gradient = np.ones(1)
     if metric.denominator:
@@ -261,7 +261,7 @@ def looks_of(
     return tuple(Look(day, stage, float(part), seen.effect, seen.error, ends.lower, ends.upper, sign * seen.effect / seen.error, float(line) if speaks else math.inf)
                  for (day, stage, seen, ends, speaks), part, line in zip(found, fraction, bound, strict=True))
 
-# %% ../../nbs/experiments/verdict.ipynb #b2b97d61
+# %% ../../nbs/experiments/verdict.ipynb #3c406ee0
 @dataclass(frozen=True)
 class Kept(Record):
     "How a guardrail stands."
@@ -328,12 +328,8 @@ def _evidence(summaries: Summaries, protocol: Protocol, treatment: str, days: Se
     if speaking: pvalue = sequential_pvalue([look.z if math.isfinite(look.lower) else -math.inf for look in looks], [look.fraction for look in looks], protocol.spending, "greater",
                                             np.maximum.accumulate([1 / look.error**2 for look in looks]))
     last = looks[-1]
-    relative = contrast(summaries, protocol.metric, control, treatment, relative=True).effect if _mean(summaries, protocol, control) > 0 else None  # type: ignore[union-attr]
-    return Evidence(treatment, users, "hold", "", Estimate(last.effect, last.lower, last.upper), relative, pvalue, harm, guards, looks, None)
-
-def _mean(summaries: Summaries, protocol: Protocol, arm: str) -> float:
-    moments = summaries.moments(arm)
-    return moments.average(protocol.metric.numerator) if moments.count else 0.0
+    relative = contrast(summaries, protocol.metric, control, treatment, relative=True)
+    return Evidence(treatment, users, "hold", "", Estimate(last.effect, last.lower, last.upper), relative.effect if relative else None, pvalue, harm, guards, looks, None)
 
 # %% ../../nbs/experiments/verdict.ipynb #f205f6dd
 def decide(
