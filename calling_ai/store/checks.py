@@ -229,7 +229,7 @@ def check_texts(
             raise InputError(f"{_at(row(), column.name)}{word!r:.20} is not a pseudonym of 64 hexadecimal digits; give the raw id as user_id", row(), column.name)
     return texts
 
-# %% ../../nbs/store/checks.ipynb #1ee467a6
+# %% ../../nbs/store/checks.ipynb #c43a4ae1
 @dataclass(frozen=True)
 class Batch(Record):
     "Checked columns."
@@ -308,5 +308,6 @@ def batch(
     for name, column in columns.items():
         if name in given: checked[name] = CHECKS[column.kind](given[name], column)
         elif column.default is not None: checked[name] = np.full(rows, column.default)
+        elif column.required and not rows: checked[name] = CHECKS[column.kind]([], column)
         elif column.required and name not in later: raise InputError(f"column {name} is not given: {column.meaning} must be there", column=name)
     return Batch(rows, checked)

@@ -269,7 +269,7 @@ def check_corrections(
             step = found[step].corrects if step in found else None
         if step is not None: raise InputError(f"row {at}, column corrects: {key!r:.60} would correct itself by way of {targets[row]!r:.60}", at, "corrects")
 
-# %% ../../nbs/store/decisions.ipynb #5bbc3501
+# %% ../../nbs/store/decisions.ipynb #aa6cfa2e
 WAIT_SECONDS = 600.0  # how long SQLite waits for another process that writes
 ATTEMPTS = 10         # of a transaction that PostgreSQL ended because of a deadlock
 T = TypeVar("T")
@@ -468,7 +468,7 @@ class DecisionLog:
     ) -> "pd.DataFrame":
         "Read decisions, in order of time."
         chosen = sa.select(*self._columns(columns))
-        return self._frame(self._chosen(chosen, since, until, user, user_key).order_by(decisions.c.decided_at, decisions.c.id))
+        return self._frame(chosen.where(*self._where(decisions, since, until, user, user_key)).order_by(decisions.c.decided_at, decisions.c.id))
 
     def decision(self,
         id: str,  # of the decision
@@ -527,14 +527,15 @@ class DecisionLog:
         columns: Sequence[str] | None = None,  # of the decisions; by default all
     ) -> "pd.DataFrame":
         "Read decisions with the outcome that counts, how long it took, and whether that is settled: its window has closed."
-        found = self.attributed(as_of).subquery()
+        def of(table: Any) -> list[Any]: return self._where(table, since, until, user, user_key)
+        found = attributed(self.attribution_days, self.clock_skew_seconds, as_of, of).subquery()
         moment = _micros_of(as_of or dt.datetime.now(dt.UTC))
         settled = (micros(decisions.c.decided_at) + round(self.attribution_days * 86_400e6) <= moment).label("settled")
         took = (micros(found.c.happened_at) - micros(decisions.c.decided_at)).label("delay_seconds")
         chosen = sa.select(*self._columns(columns), found.c.id.label("outcome_id"), *(found.c[name] for name in ("outcome_type", "outcome_score", "action", "happened_at", "received_at")),
                            sa.cast(sa.case((took < 0, 0), else_=took), sa.Double).label("delay_seconds"), settled)
         chosen = chosen.select_from(decisions.outerjoin(found, found.c.decision_id == decisions.c.id))
-        frame = self._frame(self._chosen(chosen, since, until, user, user_key).order_by(decisions.c.decided_at, decisions.c.id))
+        frame = self._frame(chosen.where(*of(decisions)).order_by(decisions.c.decided_at, decisions.c.id))
         frame["delay_seconds"] /= 1e6
         return frame
 
@@ -557,11 +558,10 @@ class DecisionLog:
         if (user is None) == (user_key is None): raise InputError("user and user_key: give one of them, the raw id or the pseudonym")
         return check_text(user_key, "user_key") if user is None else pseudonym(user, self.secret)
 
-    def _chosen(self, chosen: sa.Select, since: dt.datetime | None, until: dt.datetime | None, user: str | int | None, user_key: str | None) -> sa.Select:
-        if since is not None: chosen = chosen.where(decisions.c.decided_at >= since)
-        if until is not None: chosen = chosen.where(decisions.c.decided_at < until)
-        if user is not None or user_key is not None: chosen = chosen.where(decisions.c.user_key == self._key(user, user_key))
-        return chosen
+    def _where(self, table: Any, since: dt.datetime | None, until: dt.datetime | None, user: str | int | None, user_key: str | None) -> list[Any]:
+        "Return the conditions on decisions."
+        found = [] if user is None and user_key is None else [table.c.user_key == self._key(user, user_key)]
+        return found + ([] if since is None else [table.c.decided_at >= since]) + ([] if until is None else [table.c.decided_at < until])
 
     def _frame(self, query: sa.Select) -> "pd.DataFrame":
         "Run a query and return a frame: times in UTC, missing numbers as NaN, missing texts as missing."

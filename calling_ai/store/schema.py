@@ -13,9 +13,9 @@ __all__ = ['KINDS', 'TERMS', 'DECISION_COLUMNS', 'OUTCOME_TYPES', 'OUTCOME_COLUM
            'decisions', 'outcomes', 'exposures', 'forgotten', 'forgotten_decisions', 'erasing', 'facts',
            'current_outcomes', 'Column', 'by_name', 'attributed']
 
-# %% ../../nbs/store/schema.ipynb #f39b007f
+# %% ../../nbs/store/schema.ipynb #59383f11
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -141,18 +141,19 @@ facts = sa.Table("facts", metadata, sa.Column("name", _TEXT, primary_key=True), 
 
 current_outcomes = sa.table("current_outcomes", *(sa.column(item.name, outcomes.c[item.name].type) for item in OUTCOME_COLUMNS.values()))
 
-# %% ../../nbs/store/schema.ipynb #9e11547c
+# %% ../../nbs/store/schema.ipynb #3d2b4f36
 def attributed(
     days: float,                         # attribution window; days on our clock after the decision
     skew_seconds: float = 0.0,           # how much earlier than the decision an outcome may seem to have happened
     as_of: dt.datetime | None = None,    # only what was received before
+    of: Callable[[Any], Sequence[Any]] | None = None,  # from the table of decisions to conditions: only theirs, found by index
 ) -> sa.Select:  # columns of `outcomes`, at most one row a decision
     "Return the query for the outcome that counts for each decision."
     window, skew = round(days * 86_400e6), round(skew_seconds * 1e6)
     def counting(name: str) -> Any:
         at = decisions.alias(f"of_{name}")
         chosen = sa.select(outcomes).join(at, at.c.id == outcomes.c.decision_id).where(
-            micros(outcomes.c.received_at) < micros(at.c.decided_at) + window, micros(outcomes.c.happened_at) >= micros(at.c.decided_at) - skew)
+            micros(outcomes.c.received_at) < micros(at.c.decided_at) + window, micros(outcomes.c.happened_at) >= micros(at.c.decided_at) - skew, *(of(at) if of else ()))
         return (chosen if as_of is None else chosen.where(outcomes.c.received_at < as_of)).subquery(name)
     message, correction = counting("message"), counting("correction")
     rank = sa.func.row_number().over(partition_by=message.c.decision_id, order_by=(message.c.happened_at.desc(), message.c.id.desc()))
