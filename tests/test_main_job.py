@@ -91,7 +91,7 @@ def test_snapshots_and_files_are_what_their_digest_says(lived: tuple[Path, dict,
         assert sha256_file(file) == file.stem
     frame = pd.read_parquet(folder / "var" / "snapshots" / f"{first['prepared']['snapshot']['digest']}.parquet")
     assert not [name for name in frame.columns if name.startswith("truth_")]
-    people = {part: set(frame.loc[frame["split"] == part, "user_id"]) for part in ("train", "validation", "test")}
+    people = {part: set(frame.loc[frame["split"] == part, "user_key"]) for part in ("train", "validation", "test")}
     assert not people["train"] & people["test"] and not people["validation"] & people["test"]
 
 

@@ -1,5 +1,7 @@
 """Snapshots: the same bytes from the same table, no flipped bit unseen, and a split that never leaks."""
 
+import datetime as dt
+import functools
 import json
 import os
 import subprocess
@@ -13,7 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calling_ai.core.errors import InputError, InputTypeError, IntegrityError, NotFoundError, StorageError
-from calling_ai.store.snapshots import parquet_bytes, read_snapshot, split, user_shares, verify_snapshot, write_snapshot
+from calling_ai.store import columns, labels
+from calling_ai.store.decisions import DecisionLog, example_decisions, example_outcomes
+from calling_ai.store.snapshots import (
+    Parts,
+    Snapshot,
+    ancestors,
+    parquet_bytes,
+    read_snapshot,
+    snapshot,
+    split,
+    user_shares,
+    verify_snapshot,
+    without_user,
+    write_snapshot,
+)
 
 MAKE = """
 import hashlib, sys
@@ -234,3 +250,165 @@ def test_speed_is_bounded(tmp_path):
     snapshot = write_snapshot(frame, tmp_path, {})
     assert len(read_snapshot(Path(snapshot.path))) == 200_000
     assert time.perf_counter() - start < 20
+
+
+# -------------------------------------------------------------------------------------------- out of the log
+
+START = dt.datetime(2025, 1, 6, tzinfo=dt.UTC)
+SECRET = b"a secret of the tests"
+
+
+def told_of(made: pd.DataFrame) -> pd.DataFrame:
+    """Return messages: one a called decision, a fifth corrected, some of the corrections corrected."""
+    told = example_outcomes(made, share=0.7)
+    fixed = told.sample(frac=0.2, random_state=1)
+    fixed = fixed.assign(
+        id="fix-" + fixed["id"],
+        corrects=fixed["id"],
+        outcome_score=0.5,
+        outcome_type="neutral",
+        received_at=fixed["received_at"] + pd.Timedelta(days=2),
+    )
+    return pd.concat([told.assign(corrects=None), fixed], ignore_index=True)
+
+
+def filled(url: str, order: int | None = None, rows: int = 800) -> DecisionLog:
+    """Return a log; with `order`, rows came in any order, many of them twice, messages before their decisions too."""
+    log = DecisionLog(url, SECRET, attribution_days=7)
+    made = example_decisions(rows=rows, users=15)
+    told = told_of(made)
+    if order is None:
+        log.record_frame(made)
+        log.record_outcomes(told)
+        return log
+    rng = np.random.default_rng(order)
+    steps = [("d", part) for part in np.array_split(rng.permutation(len(made)), 4)]
+    steps += [("o", part) for part in np.array_split(rng.permutation(len(told)), 4)]
+    steps += [steps[i] for i in rng.integers(0, 8, 3)]
+    for place in rng.permutation(len(steps)):
+        kind, part = steps[place]
+        if kind == "d":
+            log.record_frame(made.iloc[part])
+        else:
+            log.record_outcomes(told.iloc[part])
+    return log
+
+
+def cut(log: DecisionLog, folder: Path, **options) -> Snapshot:
+    asked = {"parts": Parts(test_from=START + dt.timedelta(days=21)), "known_at": START + dt.timedelta(days=60)}
+    return snapshot(log, START, START + dt.timedelta(days=28), folder=folder, **(asked | options))
+
+
+def test_both_databases_and_any_order_give_the_same_file(database_url, tmp_path):
+    expected = cut(filled(f"sqlite:///{tmp_path / 'plain.db'}"), tmp_path).digest
+    assert cut(filled(database_url, order=3), tmp_path / "other").digest == expected
+
+
+def test_any_order_of_messages_gives_the_same_file(tmp_path):
+    """B14: late, doubled, shuffled, before their decision; the window has closed, so every bit is the same."""
+    digests = {cut(filled(f"sqlite:///{tmp_path / f'{n}.db'}", n, rows=120), tmp_path / "s").digest for n in range(6)}
+    assert len(digests) == 1
+    print("6 orders of arrival: 1 digest")
+
+
+def test_what_was_not_known_at_the_cut_changes_no_bit(tmp_path):
+    known_at = START + dt.timedelta(days=20)
+    whole = filled(f"sqlite:///{tmp_path / 'whole.db'}")
+    before = DecisionLog(f"sqlite:///{tmp_path / 'before.db'}", SECRET, attribution_days=7)
+    made = example_decisions(rows=800, users=15)
+    told = told_of(made)
+    before.record_frame(made[made["recorded_at"] < known_at])
+    before.record_outcomes(told[(told["received_at"] < known_at) & told["decision_id"].isin(made["id"])])
+    assert (told["received_at"] >= known_at).sum() > 50
+    assert cut(whole, tmp_path, known_at=known_at).digest == cut(before, tmp_path, known_at=known_at).digest
+    assert cut(whole, tmp_path).digest != cut(whole, tmp_path, known_at=known_at).digest
+
+
+def test_labels_are_the_outcomes_that_count(log, tmp_path):
+    """The label of each row is what the log itself says counts, computed by SQL in another way."""
+    log.attribution_days = 2.0
+    made = example_decisions(rows=500, users=9)
+    log.record_frame(made)
+    log.record_outcomes(told_of(made))
+    frame = read_snapshot(cut(log, tmp_path).path).set_index("decision_id")
+    current = log.current_outcomes(as_of=START + dt.timedelta(days=60)).set_index("decision_id")
+    labelled = frame[frame["outcome_score"].notna()]
+    assert set(labelled.index) == set(current.index) and 100 < len(labelled) < 400
+    for name in ("outcome_score", "outcome_type", "action", "received_at", "happened_at"):
+        assert (labelled[name] == current[name].reindex(labelled.index)).all(), name
+    assert set(frame["label_state"]) == {"final", "absent"}
+
+
+def test_young_decisions_are_marked_or_left_out(tmp_path):
+    log, known_at = filled(f"sqlite:///{tmp_path / 'log.db'}"), START + dt.timedelta(days=20)
+    marked = read_snapshot(cut(log, tmp_path, known_at=known_at).path)
+    young = marked["decided_at"] + pd.Timedelta(days=7) > known_at
+    states = marked["label_state"]
+    assert set(states[young]) == {"provisional", "pending"} and set(states[~young]) == {"final", "absent"}
+    assert (marked["outcome_score"].notna() == states.isin(["final", "provisional"])).all()
+    left = read_snapshot(cut(log, tmp_path, known_at=known_at, young="leave out").path)
+    assert set(left["decision_id"]) == set(marked.loc[~young, "decision_id"])
+
+
+def test_weights_are_inverse_and_clipped_and_counted(tmp_path):
+    kept = cut(filled(f"sqlite:///{tmp_path / 'log.db'}"), tmp_path, clip=5.0)
+    frame = read_snapshot(kept.path)
+    chance = np.where(frame["called"], frame["propensity"], 1 - frame["propensity"])
+    np.testing.assert_allclose(frame["inverse_propensity"], np.minimum(1 / chance, 5.0), rtol=1e-12)
+    weight = frame.loc[frame["outcome_score"].notna(), "inverse_propensity"].to_numpy()
+    np.testing.assert_allclose(kept.counts["effective_sample_size"], weight.sum() ** 2 / (weight**2).sum(), rtol=1e-12)
+    np.testing.assert_allclose(kept.counts["clipped_share"], (weight >= 5).mean(), rtol=1e-12)
+
+
+def test_blocks_and_groups_leave_no_trace(tmp_path, monkeypatch):
+    import calling_ai.store.snapshots as module
+
+    log = filled(f"sqlite:///{tmp_path / 'log.db'}")
+    expected = cut(log, tmp_path).digest
+    for rows in (7, 300):
+        monkeypatch.setattr(module, "stream", functools.partial(columns.stream, rows=rows))
+        monkeypatch.setattr(labels, "stream", functools.partial(columns.stream, rows=rows))
+        assert cut(log, tmp_path).digest == expected
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "ROWS_A_GROUP", 100)
+    other = cut(log, tmp_path)
+    assert other.digest != expected
+    pd.testing.assert_frame_equal(read_snapshot(other.path), read_snapshot(tmp_path, expected))
+
+
+def test_a_person_leaves_every_snapshot(tmp_path):
+    log = filled(f"sqlite:///{tmp_path / 'log.db'}")
+    first = cut(log, tmp_path)
+    frame = read_snapshot(first.path)
+    one, two = frame["user_key"].drop_duplicates().head(2)
+    second = without_user(first.path, [one])
+    third = without_user(tmp_path / f"{second.new}.parquet", [two])
+    assert ancestors(tmp_path, third.new) == (third.new, second.new, first.digest)
+    left = read_snapshot(tmp_path, third.new)
+    expected = frame[~frame["user_key"].isin([one, two])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(left, expected)
+    for digest in (first.digest, second.new):
+        with pytest.raises(NotFoundError, match="a person asked to be forgotten"):
+            verify_snapshot(tmp_path, digest)
+    alone = write_snapshot(expected[expected["user_key"] == expected["user_key"].iloc[0]], tmp_path / "one", {})
+    assert without_user(alone.path, [expected["user_key"].iloc[0]]).new is None
+    with pytest.raises(NotFoundError, match="nothing was left of it"):
+        read_snapshot(alone.path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"known_at": dt.datetime(2025, 3, 1)}, "known_at is 2025-03-01T00:00:00: it must carry a time zone"),
+        ({"young": "drop"}, "young is 'drop': it must be mark or leave out"),
+        ({"clip": 0.5}, "clip is 0.5"),
+        ({"only": {"colour": "red"}}, "only names 'colour'"),
+        ({"columns": ["colour"]}, "columns name 'colour'"),
+        ({"only": {"arm": "nobody"}}, "the log holds no decision of that time"),
+    ],
+)
+def test_questions_that_make_no_sense(options, message, tmp_path):
+    log = filled(f"sqlite:///{tmp_path / 'log.db'}", rows=20)
+    with pytest.raises(InputError, match=message):
+        cut(log, tmp_path / "snapshots", **options)
+    assert not list(tmp_path.glob("snapshots/*"))

@@ -114,7 +114,7 @@ def check_model(
     if model not in MODELS: raise InputError(f"model is {model!r}: it must be {' or '.join(MODELS)}")
     return model
 
-# %% ../../nbs/core/contract.ipynb #51f277f6
+# %% ../../nbs/core/contract.ipynb #c0b640e4
 ASSESSMENT_NAMES: tuple[str, ...] = tuple(
     f"assessment_{label}" for label in ("developmental", "educational", "social", "cultural", "risk"))
 TREND_NAMES: tuple[str, ...] = tuple(f"trend_{label}" for label in ("emerging", "community", "cultural", "life_pattern"))
@@ -143,15 +143,15 @@ KNOWN_COLUMNS: dict[str, str] = {
     "weight": "weight of the row in training",
     "user_key": "pseudonym of the user, as the log keeps it",
     "refused": "whether the user does not want calls",
-    **{name: "term of the formula" for name in ("vibe_compatibility", "connection", "fulfilment", "positive_influence", "trajectory", "life_betterment",
-                                                "context_factor", "timing_factor")},
+    **dict.fromkeys(("vibe_compatibility", "connection", "fulfilment", "positive_influence", "trajectory", "life_betterment", "context_factor",
+                     "timing_factor"), "term of the formula"),
     "confidence": "confidence in the network: low, medium or high",
     "hybrid_score": "formula and network, weighted",
     "boosted_score": "hybrid after the trends",
     "network_weight": "weight of the network that was applied",
-    **{name: "number of the policy that decided" for name in ("gate", "threshold", "exploration", "seed")},
-    **{name: "what decided, by version" for name in ("policy_version", "calling_score_version", "outcome_version", "release_version")},
-    **{name: "experiment that the decision was part of" for name in ("experiment", "arm", "stage")},
+    **dict.fromkeys(("gate", "threshold", "exploration", "seed"), "number of the policy that decided"),
+    **dict.fromkeys(("policy_version", "calling_score_version", "outcome_version", "release_version"), "what decided, by version"),
+    **dict.fromkeys(("experiment", "arm", "stage"), "experiment that the decision was part of"),
     "reason": "why the score took that way",
     "label_state": "final, provisional, absent or pending",
     "inverse_propensity": "one over the probability of what was done, clipped",

@@ -11,8 +11,7 @@ truth that the town knows goes into a file of its own: training reads the snapsh
 __all__ = ['AHEAD', 'COLUMNS', 'held_out', 'life_name', 'derived_ids', 'town_log', 'decision_rows', 'Recorded', 'record_town',
            'Collected', 'collect', 'example']
 
-# %% ../../nbs/operate/collect.ipynb #00dc546c
-import datetime as dt
+# %% ../../nbs/operate/collect.ipynb #1856585d
 import hashlib
 import json
 import tempfile

@@ -10,9 +10,8 @@ they are not changed, because a model does not hold rows, but whoever must train
 # %% auto #0
 __all__ = ['trained_on', 'forget_person', 'in_words']
 
-# %% ../../nbs/operate/privacy.ipynb #6d6be11c
+# %% ../../nbs/operate/privacy.ipynb #770f8ea8
 from collections.abc import Sequence
-from typing import Any
 
 from ..core.settings import Settings
 from ..registry.versions import Registry

@@ -11,8 +11,9 @@ adds up what a reader must know before using the weights. What was not known at 
 __all__ = ['RENAMED', 'LEFT_OUT', 'LABEL_COLUMNS', 'STATES', 'YOUNG', 'log_columns', 'micros_of', 'LabelQuery', 'Told',
            'read_outcomes', 'action_weights', 'complete', 'Counting']
 
-# %% ../../nbs/store/labels.ipynb #b649e5b8
+# %% ../../nbs/store/labels.ipynb #2e02cc45
 import datetime as dt
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +166,7 @@ def complete(
     columns = block | {name: history[:, place] for place, name in enumerate(FEATURE_NAMES[HISTORY])} | _label(block, told, query)
     return columns | {"inverse_propensity": action_weights(block["called"], block["propensity"], query.clip)}
 
-# %% ../../nbs/store/labels.ipynb #78301717
+# %% ../../nbs/store/labels.ipynb #ff206728
 class Counting:
     "Counts rows block by block."
 
@@ -174,7 +175,8 @@ class Counting:
     ) -> None:
         self.clip, self.states = clip, dict.fromkeys(STATES, 0)
         self.people: set[str] = set()
-        self.sums, self.history_differs = np.zeros(4), 0  # rows with an outcome, their weights, squares, clipped
+        self.weights: list[np.ndarray] = []  # of the rows with an outcome
+        self.history_differs = 0
 
     def add(self,
         columns: dict[str, np.ndarray],  # as `complete` gave them
@@ -186,11 +188,11 @@ class Counting:
         self.history_differs += int((~same & ~np.isnan(before).all(axis=0)).sum())
         self.people.update(columns["user_key"].tolist())
         for state in STATES: self.states[state] += int((columns["label_state"] == state).sum())
-        weight = columns["inverse_propensity"][~np.isnan(columns["outcome_score"])]
-        self.sums += [len(weight), weight.sum(), (weight**2).sum(), (weight >= self.clip).sum()]
+        self.weights.append(columns["inverse_propensity"][~np.isnan(columns["outcome_score"])])
 
     def result(self) -> dict[str, Any]:
         "Return the counts by name."
-        rows, total, squares, clipped = self.sums.tolist()
-        return {"people": len(self.people), "with_outcome": int(rows), **self.states, "clipped_share": clipped / rows if rows else 0.0,
+        weight = np.concatenate([np.empty(0), *self.weights])
+        total, squares = math.fsum(weight), math.fsum(weight**2)  # exact, so that the size of a block leaves no trace
+        return {"people": len(self.people), "with_outcome": len(weight), **self.states, "clipped_share": float((weight >= self.clip).mean()) if len(weight) else 0.0,
                 "effective_sample_size": total**2 / squares if squares else 0.0, "history_differs": self.history_differs}
