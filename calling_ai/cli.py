@@ -444,7 +444,7 @@ def simulate_experiment(
     if as_json: return _print_json(found)
     _console().print(_table(f"{runs:,} simulated experiments (upper bounds: 99 %)", ["what", "value"], in_words(found), fold=False))
 
-# %% ../nbs/cli.ipynb #3d7c5766
+# %% ../nbs/cli.ipynb #cf735b91
 @app.command()
 def verify(
     open_bandit: Annotated[Path | None, typer.Option("--open-bandit", help="Folder with the files of the Open Bandit Dataset.", show_default="those numbers are skipped")] = None,
@@ -468,8 +468,8 @@ def verify(
         console.print(f"{counts['ok']} of {len(checks)} published numbers reproduced, {counts['failed']} failed, {counts['skipped']} skipped for want of data", style="bold", soft_wrap=True)
         if found is None: console.print(f"false positives on your own log: {why}", soft_wrap=True)
         else:
-            shares = [["one test at the end", found.fixed], ["the same test every day (promises nothing)", found.peeking], ["group sequential", found.group_sequential], ["anytime-valid", found.anytime]]
-            lines = [[name, f"{item.value:.2%}", f"{item.lower:.2%} to {item.upper:.2%}"] for name, item in shares]
+            shares: dict[str, Any] = {"one test at the end": found.fixed, "the same test every day (promises nothing)": found.peeking, "group sequential": found.group_sequential, "anytime-valid": found.anytime}
+            lines = [[name, f"{item.value:.2%}", f"{item.lower:.2%} to {item.upper:.2%}"] for name, item in shares.items()]
             console.print(_table(f"False positives on your own log: {found.permutations:,} random divisions of {found.users:,} users, {found.alpha:.0%} promised", ["procedure", "rate", "95 % interval"], lines, fold=False))
     if not good: raise typer.Exit(1)
 
