@@ -55,7 +55,7 @@ def _check_measures(totals: Sequence[str], covariates: Sequence[str], window_day
     for name, length in (("window_days", window_days), ("before_days", before_days)):
         if not (np.isfinite(length) and length > 0): raise InputError(f"{name} is {length}: it must be above zero")
 
-# %% ../../nbs/experiments/attribution.ipynb #268a2cde
+# %% ../../nbs/experiments/attribution.ipynb #aa2e9379
 def ends_of(
     begins: Mapping[str, dt.datetime],  # first exposure of each stage
 ) -> dict[str, dt.datetime]:  # stages that ended, and when
@@ -76,7 +76,7 @@ def attribute(
     import pandas as pd
     _check_measures(totals, covariates, window_days, before_days)
     units = exposed.sort_values(["user_key", "stage"]).reset_index(drop=True)
-    ends = ends_of(units.groupby("stage")["exposed_at"].min().to_dict())
+    ends = ends_of({str(stage): first for stage, first in units.groupby("stage")["exposed_at"].min().items()})
     units = units.assign(day=units["exposed_at"].dt.strftime("%Y-%m-%d"), unit=units.index, first=units.groupby("user_key")["exposed_at"].transform("min"),
                          end=pd.to_datetime(units["stage"].map(ends), utc=True))
     columns = ["user_key", "id", "decided_at", "happened_at", "received_at", *dict.fromkeys((*(name.removeprefix("any_") for name in totals), *covariates))]

@@ -12,18 +12,18 @@ look fine (no variance, a control near zero, very few events) the effect carries
 __all__ = ['WEIGHTS', 'ADJUSTMENTS', 'METHODS', 'INTERVALS', 'ALTERNATIVES', 'NO_VARIANCE', 'Metric', 'Effect', 'Strata',
            'strata', 'Adjusted', 'adjusted', 'compare']
 
-# %% ../../nbs/experiments/inference.ipynb #2856b855
+# %% ../../nbs/experiments/inference.ipynb #c5907f43
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from ..core.errors import InputError
 from ..core.records import Estimate, Record, explained
-from .summaries import Moments, Summaries, pool
+from .summaries import Summaries, pool
 
 # %% ../../nbs/experiments/inference.ipynb #4529725b
 @dataclass(frozen=True)
@@ -80,16 +80,17 @@ class Effect(Record):
         def text(value: float) -> str: return f"{value:+.2%}" if self.relative else f"{value:+.4g}"
         return f"{self.metric or 'effect'}: {text(self.effect)} [{text(self.lower)}, {text(self.upper)}], p {self.pvalue:.3g}"
 
-# %% ../../nbs/experiments/inference.ipynb #1008bd7e
-class Strata(NamedTuple):
+# %% ../../nbs/experiments/inference.ipynb #aa7f66d1
+@dataclass(frozen=True, eq=False)
+class Strata(Record):
     "Two arms side by side in H strata, for k columns; the first index is the arm, control first."
-    count: np.ndarray    # 2 x H
-    mean: np.ndarray     # 2 x H x k
-    scatter: np.ndarray  # 2 x H x k x k
-    weight: np.ndarray   # H, sums to one
-    left_out: int        # users of strata that say nothing about a difference
-    links: np.ndarray    # L x 4: arm and stratum, arm and stratum of two cells that share users
-    products: np.ndarray # L x k x k: sums of products of deviations of the shared users, first cell by second
+    count: np.ndarray = explained("2 x H: users")
+    mean: np.ndarray = explained("2 x H x k: means")
+    scatter: np.ndarray = explained("2 x H x k x k: sums of products of deviations from the means")
+    weight: np.ndarray = explained("H weights of the strata, which add up to one")
+    left_out: int = explained("users of strata that say nothing about a difference")
+    links: np.ndarray = explained("L x 4: arm and stratum, arm and stratum of two cells that share users")
+    products: np.ndarray = explained("L x k x k: sums of products of deviations of the shared users, first cell by second")
 
 WEIGHTS = ("harmonic", "population")
 

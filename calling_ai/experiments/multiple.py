@@ -13,8 +13,7 @@ __all__ = ['METHODS', 'check_pvalues', 'check_evalues', 'holm', 'hommel', 'bonfe
            'benjamini_hochberg', 'benjamini_yekutieli', 'closed_evalues', 'e_benjamini_hochberg', 'evalue_of',
            'Corrected', 'correct']
 
-# %% ../../nbs/experiments/multiple.ipynb #2254b751
-import math
+# %% ../../nbs/experiments/multiple.ipynb #402fa471
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations

@@ -12,9 +12,11 @@ follow by subtraction, and stay out when even that is too small."""
 __all__ = ['PRIORS', 'WIDTH', 'FEWEST', 'OTHERS', 'Shrunk', 'shrunk', 'join_small', 'Segments', 'by_segment',
            'summarise_segments']
 
-# %% ../../nbs/experiments/segments.ipynb #f34e67b4
+# %% ../../nbs/experiments/segments.ipynb #a25f057a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -91,7 +93,7 @@ def shrunk(
                   float(mass @ centre), float(np.interp(0.5, cumulative, tau)), float(np.interp(confidence, cumulative, tau)),
                   float(chdtrc(len(effect) - 1, statistic)), confidence)
 
-# %% ../../nbs/experiments/segments.ipynb #aea5779a
+# %% ../../nbs/experiments/segments.ipynb #2f8789f7
 FEWEST = 20         # people; smaller segments are never shown
 OTHERS = "others"   # where small segments go
 
@@ -108,13 +110,13 @@ def join_small(
     def small(each: Summaries) -> bool: return each.users() < fewest or any(each.users(arm) < 2 for arm in arms)
     hidden = [name for name in order if small(segments[name])]
     shown = [name for name in order if name not in hidden]
-    while hidden and shown and (len(hidden) == 1 or small(sum(segments[name] for name in hidden))):  # type: ignore[call-overload]
+    def together() -> Summaries: return reduce(add, (segments[name] for name in hidden))
+    while hidden and shown and (len(hidden) == 1 or small(together())):
         hidden.append(shown.pop(0))
     answer = {name: segments[name] for name in segments if name in shown}
     if not hidden: return answer, 0
-    joined: Summaries = sum(segments[name] for name in hidden)  # type: ignore[call-overload]
-    if small(joined): return answer, joined.users()
-    return {**answer, OTHERS: joined}, 0
+    if small(together()): return answer, together().users()
+    return {**answer, OTHERS: together()}, 0
 
 # %% ../../nbs/experiments/segments.ipynb #fd6da519
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from ..core.records import Record, explained
 
 if TYPE_CHECKING: import pandas as pd
 
-# %% ../../nbs/experiments/summaries.ipynb #3b1b43fa
+# %% ../../nbs/experiments/summaries.ipynb #1d9e0ce0
 def pool(
     count: np.ndarray,    # n of each of m groups; negative for groups to take away
     mean: np.ndarray,     # m x k
@@ -96,7 +96,7 @@ class Moments(Record):
 
 def _numbers(values: Mapping[str, Any]) -> np.ndarray:
     "Return columns as one float64 table, or say which value is no number."
-    table = []
+    table: list[np.ndarray] = []
     for name, column in values.items():
         kind = np.asarray(column).dtype.kind
         if kind not in "biuf":
@@ -112,7 +112,7 @@ def _numbers(values: Mapping[str, Any]) -> np.ndarray:
     if not table: raise InputError("there are no columns: at least one metric is needed")
     return np.column_stack(table)
 
-# %% ../../nbs/experiments/summaries.ipynb #ae28845a
+# %% ../../nbs/experiments/summaries.ipynb #b0525db2
 class Cell(NamedTuple):
     "What the users of one cell have in common."
     arm: str         # name of the arm
@@ -129,7 +129,7 @@ class Shared(Record):
 
     def __len__(self) -> int: return len(self.cells)
 
-def _joined_by(keys: Sequence[Any], count: np.ndarray, mean: np.ndarray, scatter: np.ndarray) -> tuple[tuple[Any, ...], np.ndarray, np.ndarray, np.ndarray]:
+def _joined_by(keys: Sequence[Any], count: np.ndarray, mean: np.ndarray, scatter: np.ndarray) -> tuple[Any, Any, Any, Any]:
     "Return groups joined by key, sorted, without those that are empty."
     names = sorted(set(keys))
     if not names: return (), count[:0].astype(np.int64), mean[:0], scatter[:0]
@@ -165,7 +165,7 @@ class Summaries(Record):
     def _joined(self, other: "Summaries", sign: int) -> "Summaries":
         if (self.columns, set(self.arms)) != (other.columns, set(other.arms)):
             raise InputError(f"columns are {self.columns} and {other.columns}, arms {self.arms} and {other.arms}: only like summaries add up")
-        def both(mine: Any, theirs: Any) -> Any:
+        def both(mine: Any, theirs: Any) -> tuple[Any, Any, Any, Any]:
             return _joined_by(mine.cells + theirs.cells, np.r_[mine.count, sign * theirs.count], np.r_[mine.mean, theirs.mean],
                               np.r_[mine.scatter, sign * theirs.scatter])
         return Summaries(self.columns, self.arms, *both(self, other), Shared(*both(self.shared, other.shared)))
@@ -187,7 +187,7 @@ class Summaries(Record):
         def wanted(cell: Cell) -> bool: return stage in (None, cell.stage) and (until is None or cell.day <= until)
         kept = [i for i, cell in enumerate(self.cells) if wanted(cell)]
         pairs = [i for i, cells in enumerate(self.shared.cells) if all(map(wanted, cells))]
-        def chosen(of: Any, at: list[int]) -> Any: return tuple(of.cells[i] for i in at), of.count[at], of.mean[at], of.scatter[at]
+        def chosen(of: Any, at: list[int]) -> tuple[Any, Any, Any, Any]: return tuple(of.cells[i] for i in at), of.count[at], of.mean[at], of.scatter[at]
         return Summaries(self.columns, self.arms, *chosen(self, kept), Shared(*chosen(self.shared, pairs)))
 
     def moments(self, arm: str) -> Moments:
@@ -261,7 +261,7 @@ def check_arms(
         if not isinstance(arm, str): raise InputError(f"arm is {arm!r}: every user belongs to an arm, given by its name")
         if arm not in declared: raise InputError(f"arm is {arm!r}, which nobody declared: the arms are {', '.join(declared)}")
 
-# %% ../../nbs/experiments/summaries.ipynb #feef29b8
+# %% ../../nbs/experiments/summaries.ipynb #d9f7b2e6
 def summarise(
     frame: Any,                        # table with a row a user, or several; any mapping of columns does
     totals: Sequence[str] = ("y",),    # columns to add up per user: metrics and denominators
@@ -280,42 +280,51 @@ def summarise(
     columns = (*totals, *covariates)
     missing = [name for name in (arm, *columns) if name not in frame]
     if missing: raise InputError(f"the frame lacks the columns {', '.join(missing)}")
-    values, names = _numbers({name: frame[name] for name in columns}), np.asarray(frame[arm], dtype=object)
-    if not len(names) == len(values): raise InputError(f"column {arm} has {len(names)} rows, the metrics have {len(values)}: all columns must be equally long")
-    def labels(column: str | None) -> np.ndarray:
-        return np.asarray(frame[column], dtype=object) if column and column in frame else np.full(len(names), "", dtype=object)
-    stages, days = labels(stage), _dates(frame[day]) if day and day in frame else labels(None)
-    declared = tuple(arms) if arms is not None else tuple(sorted(dict.fromkeys(names), key=str))
-    check_arms(names, declared)
-    (arm_code, _), (stage_code, stage_names), (day_code, day_names) = _codes(names, declared), _codes(stages), _codes(days)
+    values = _numbers({name: frame[name] for name in columns})
+    rows = len(values)
+    arm_code, found_arms = _codes(frame[arm], arm, rows)
+    declared = tuple(arms) if arms is not None else tuple(sorted(found_arms, key=str))
+    check_arms(found_arms, declared)
+    arm_code = np.array([declared.index(name) for name in found_arms] or [0])[arm_code]
+    stage_code, stage_names = _sorted_codes(frame[stage] if stage and stage in frame else None, stage, rows)
+    day_code, day_names = _sorted_codes(_dates(frame[day]) if day and day in frame else None, day, rows)
     if exposed and happened and exposed in frame and happened in frame: _check_times(frame[exposed], frame[happened])
     if share and share in frame: _check_share(_numbers({share: frame[share]})[:, 0], arm_code, stage_code, declared, stage_names)
-    who = np.arange(len(names))
+    who = np.arange(rows)
     if user and user in frame:
-        who, first, place = _by_user(np.asarray(frame[user], dtype=object), stage_code, arm_code, day_code)
+        who, first, place = _by_user(frame[user], stage_code, arm_code, day_code)
         values = _add_up(values, place, first, len(totals), columns)
         who, arm_code, stage_code, day_code = who[first], arm_code[first], stage_code[first], day_code[first]
     shape = (max(1, len(declared)), max(1, len(stage_names)), max(1, len(day_names)))
-    found, place = np.unique(np.ravel_multi_index((arm_code, stage_code, day_code), shape), return_inverse=True)
+    index = np.ravel_multi_index((arm_code, stage_code, day_code), shape)
+    found = np.flatnonzero(np.bincount(index, minlength=1))
+    place = np.searchsorted(found, index)
     cells = [Cell(declared[a], stage_names[g], day_names[d]) for a, g, d in zip(*(part.tolist() for part in np.unravel_index(found, shape)), strict=True)]
     return Summaries(columns, declared, *_joined_by(cells, *_group(values, place, len(cells))), _shared(values, who, place, stage_code, cells))
 
-def _codes(labels: np.ndarray, known: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
-    "Return integers for labels, and the names that they stand for, sorted unless known."
-    names = list(known) if known is not None else sorted(set(map(str, dict.fromkeys(labels))))
-    index = {name: i for i, name in enumerate(names)}
-    return np.fromiter((index[label if type(label) is str else str(label)] for label in labels), dtype=np.int64, count=len(labels)), names
-
-def _dates(column: Any) -> np.ndarray:
-    "Return days as text: 2026-03-02. Times are taken in UTC."
+def _codes(column: Any, name: str | None, rows: int) -> tuple[np.ndarray, list[Any]]:
+    "Return integers for the labels of a column, and what they stand for."
     import pandas as pd
-    series = pd.Series(column)
-    if series.dtype.kind == "M" or isinstance(series.dtype, pd.DatetimeTZDtype):
-        moments = pd.to_datetime(series, utc=True)
-        if moments.isna().any(): raise InputError(f"row {int(moments.isna().to_numpy().argmax())} of the day is missing: every user has a day of exposure")
-        days, index = np.unique(moments.dt.tz_localize(None).to_numpy().astype("datetime64[D]"), return_inverse=True)
-        return days.astype(str).astype(object)[index]
-    return series.map(str).to_numpy(dtype=object)
+    series = column if isinstance(column, pd.Series) else pd.Series(column, dtype=None if len(column) else object)
+    if len(series) != rows: raise InputError(f"column {name} has {len(series)} rows, the metrics have {rows}: all columns must be equally long", column=name)
+    codes, labels = pd.factorize(series)
+    if (codes < 0).any(): raise InputError(f"row {int(np.argmax(codes < 0))} of column {name} is missing: every user belongs to an arm, a stage and a day", row=int(np.argmax(codes < 0)), column=name)
+    return codes.astype(np.int64), list(labels)
+
+def _sorted_codes(column: Any, name: str | None, rows: int) -> tuple[np.ndarray, list[str]]:
+    "Return integers for labels as text, and the sorted texts; one empty text when there is no column."
+    if column is None: return np.zeros(rows, dtype=np.int64), [""]
+    codes, labels = _codes(column, name, rows)
+    names = sorted(set(map(str, labels)))
+    return np.array([names.index(str(label)) for label in labels] or [0])[codes], names
+
+def _dates(column: Any) -> Any:
+    "Return times as days in UTC, 2026-03-02; other columns as they are."
+    import pandas as pd
+    series = column if isinstance(column, pd.Series) else pd.Series(column)
+    if series.dtype.kind != "M" and not isinstance(series.dtype, pd.DatetimeTZDtype): return series
+    codes, labels = pd.factorize(pd.to_datetime(series, utc=True).dt.floor("D"))
+    return pd.Series(np.array([label.strftime("%Y-%m-%d") for label in labels] + [None], dtype=object)[codes])
 
 def _check_times(exposed: Any, happened: Any) -> None:
     "Raise an error when something is counted that happened before the exposure."
@@ -345,13 +354,13 @@ def share_changed(
     "Return the error about a split that changed without a new stage."
     return InputError(f"share of arm {arm!r} in stage {stage!r} is {low:g} for some users and {high:g} for others: a split that changes begins a new stage")
 
-def _by_user(users: np.ndarray, stage: np.ndarray, arm: np.ndarray, day: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _by_user(users: Any, stage: np.ndarray, arm: np.ndarray, day: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Return the users as integers, the first row of each user in each stage, and which of these each row belongs to."
     import pandas as pd
-    code, names = pd.factorize(users)
+    code, _ = pd.factorize(users if isinstance(users, pd.Series) else np.asarray(users, dtype=object))
     if (code < 0).any(): raise InputError(f"row {int(np.argmax(code < 0))} has no user: the user is the unit of the analysis")
     key = code.astype(np.int64) * (int(stage.max(initial=0)) + 1) + stage
-    order = np.lexsort((np.arange(len(key)), day, key))
+    order = np.lexsort((day, key))
     new = np.diff(key[order], prepend=-1) != 0
     first, place = order[new], np.empty(len(key), dtype=np.int64)
     place[order] = np.cumsum(new) - 1
