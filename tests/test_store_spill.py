@@ -257,8 +257,11 @@ def test_a_row_that_cannot_be_put_aside_leaves_nothing(tmp_path: Path, monkeypat
     with (tmp_path / REFUSED_FILE).open("ab") as stream:
         stream.write(b'{"torn')
     assert len(read_refused(tmp_path)) == 1
+    monkeypatch.undo()
+    put_aside(tmp_path, "decision", {"id": "c"}, "third")
+    assert [item["reason"] for item in read_refused(tmp_path)] == ["first", "third"]
     with (tmp_path / REFUSED_FILE).open("ab") as stream:
-        stream.write(b"\n")
+        stream.write(b'{"wrong\n')
     with pytest.raises(IntegrityError, match=r"refused.jsonl is not what was written"):
         read_refused(tmp_path)
 

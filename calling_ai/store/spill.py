@@ -311,7 +311,7 @@ def orphans(
             try: yield orphan
             finally: orphan.close()
 
-# %% ../../nbs/store/spill.ipynb #cde858ad
+# %% ../../nbs/store/spill.ipynb #5930370d
 REFUSED_FILE = "refused.jsonl"
 
 @contextlib.contextmanager
@@ -327,6 +327,14 @@ def _locked(path: Path) -> Iterator[int]:
                 return
         finally: os.close(handle)
 
+def _cut(handle: int) -> int:
+    "Cut off half a line that a dead process left at the end of a file; return the size."
+    size = os.fstat(handle).st_size
+    if size and os.pread(handle, 1, size - 1) != b"\n":
+        size = os.pread(handle, size, 0).rfind(b"\n") + 1
+        os.ftruncate(handle, size)
+    return size
+
 def put_aside(
     folder: str | Path,      # where the spill lies
     kind: str,               # which table
@@ -338,7 +346,7 @@ def put_aside(
     line = json.dumps({"refused_at": dt.datetime.now(dt.UTC).isoformat(), "kind": kind, "reason": reason, "row": plain}).encode() + b"\n"
     try:
         with _locked(Path(folder) / REFUSED_FILE) as handle:
-            before = os.fstat(handle).st_size
+            before = _cut(handle)
             try:
                 _write_all(handle, line)
                 os.fsync(handle)
