@@ -17,7 +17,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import numpy as np
 
-from calling_ai.experiments.anytime import Watch
+from calling_ai.experiments.anytime import Running
 from calling_ai.experiments.sequential import Spending, peeking_error, plan
 from calling_ai.experiments.simulate import (
     Rate,
@@ -125,7 +125,7 @@ def each_user(pool: ProcessPoolExecutor, runs: int) -> None:
 
 def running(pool: ProcessPoolExecutor, runs: int) -> None:
     """Print what a batch costs a running sequence."""
-    watch, values, began, laps = Watch(), np.random.default_rng(1).normal(size=20_001), time.perf_counter(), [0.0]
+    watch, values, began, laps = Running(), np.random.default_rng(1).normal(size=20_001), time.perf_counter(), [0.0]
     for batch in range(1, 20_001):
         watch.update(batch % 40, ("control", "treatment")[batch % 2], 50, float(values[batch]), 50.0)
         watch.sequence()

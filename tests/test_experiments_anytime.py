@@ -16,7 +16,7 @@ from calling_ai.experiments.anytime import (
     Bet,
     Betting,
     Blocks,
-    Watch,
+    Running,
     bernoulli_sequence,
     beta_binomial_log_evalue,
     betting_sequence,
@@ -335,7 +335,7 @@ def test_betting_holds_at_all_times() -> None:
 
 @given(seed=st.integers(0, 1_000), pieces=st.integers(1, 6))
 def test_watching_batch_by_batch_equals_the_comparison_from_scratch(seed: int, pieces: int) -> None:
-    rng, watch, sums = np.random.default_rng(seed), Watch(), {}
+    rng, watch, sums = np.random.default_rng(seed), Running(), {}
     for day, arm in product(range(3), ("control", "treatment")):
         values = rng.gamma(2, 1 + day, rng.integers(3, 60))
         for part in np.array_split(values, pieces):
@@ -350,7 +350,7 @@ def test_watching_batch_by_batch_equals_the_comparison_from_scratch(seed: int, p
 
 
 def test_the_small_arm_of_a_ramp_is_not_trusted_alone() -> None:
-    watch = Watch()
+    watch = Running()
     watch.update(0, "control", 900, 1.0, 900 * 5.0).update(
         0, "treatment", 100, 0.8, 100 * 0.5
     )  # its tail has not come yet
@@ -372,7 +372,7 @@ def test_the_sequence_is_silent_until_it_may_speak() -> None:
     assert not ready((1_000, 1_000), (1.0, 1.0), (0.0, 1.0)) and not ready(
         (99, 500), (0.0, 0.0), (1.0, 1.0), burn_in=100
     )
-    watch = Watch().update("day", "control", 2, 1.0, 0.5)
+    watch = Running().update("day", "control", 2, 1.0, 0.5)
     assert watch.sequence().effect.upper == math.inf and watch.sequence().pvalue == 1 and not watch.ready
 
 
@@ -402,9 +402,9 @@ def test_the_sequence_is_silent_until_it_may_speak() -> None:
         (lambda: betting_sequence([0.5, 1.5]), "they must lie in"),
         (lambda: betting_sequence([math.nan]), "they must lie in"),
         (lambda: betting_sequence([0.5], low=1.0, high=0.0), "low must be smaller"),
-        (lambda: Watch().update(0, "other", 1, 1.0, 0.0), "arm is 'other'"),
-        (lambda: Watch().update(0, "control", -1, 1.0, 0.0), "batch has -1 users"),
-        (lambda: Watch().update(0, "control", 1, math.nan, 0.0), "mean nan"),
+        (lambda: Running().update(0, "other", 1, 1.0, 0.0), "arm is 'other'"),
+        (lambda: Running().update(0, "control", -1, 1.0, 0.0), "batch has -1 users"),
+        (lambda: Running().update(0, "control", 1, math.nan, 0.0), "mean nan"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(call, message: str) -> None:

@@ -230,7 +230,9 @@ def test_looks_that_add_nothing_change_no_tail() -> None:
     bound = [3.0, math.inf, math.inf, 2.2]
     one = stagewise_tail(2.0, [0.4, 0.4, 0.40001, 1.0], bound)
     assert_allclose(one, stagewise_tail(2.0, [0.4, 1.0], [3.0, 2.2]), rtol=1e-9)
-    assert_allclose(stagewise_tail(2.0, [0.5, 1.0, 1.0], [3.0, 2.2, math.inf]), stagewise_tail(2.0, [0.5, 1.0], [3.0, 2.2]))
+    assert_allclose(
+        stagewise_tail(2.0, [0.5, 1.0, 1.0], [3.0, 2.2, math.inf]), stagewise_tail(2.0, [0.5, 1.0], [3.0, 2.2])
+    )
 
 
 def test_the_interval_inverts_the_tail() -> None:

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 
 from calling_ai.core.errors import InputError
 from calling_ai.core.files import to_json
-from calling_ai.experiments.anytime import Watch
+from calling_ai.experiments.anytime import Running
 from calling_ai.experiments.assignment import Experiment, Stage
 from calling_ai.experiments.inference import Metric, compare
 from calling_ai.experiments.sequential import Spending, crossing, spending_boundary
@@ -123,7 +123,7 @@ def test_every_look_is_that_of_the_analysis() -> None:
 
 
 def test_the_contrast_is_that_of_the_running_watch() -> None:
-    summaries, running = table(11, 0.1, step=2.0), Watch()
+    summaries, running = table(11, 0.1, step=2.0), Running()
     at = summaries.columns.index("latency")
     for cell, n, mean, scatter in zip(
         summaries.cells, summaries.count, summaries.mean[:, at], summaries.scatter[:, at, at], strict=True

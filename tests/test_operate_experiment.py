@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -105,28 +106,20 @@ def test_a_plan_keeps_its_word_in_simulation(workspace: Path) -> None:
     assert abs(row["sample"] * planned.maximum / planned.expected - 1) < 0.06
 
 
-def test_the_command_line(files: tuple[Path, Path], workspace: Path) -> None:
+def test_the_command_line(files: tuple[Path, Path], workspace: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from calling_ai.cli import main
+
+    def machine(*arguments: str) -> dict[str, Any]:
+        assert main(["experiment", *arguments, "--json"]) == 0
+        return json.loads(capfd.readouterr().out)
+
     judged = call("analyse", "--protocol", files[0], "--data", files[1], cwd=workspace)
     assert judged.returncode == 0 and judged.stdout.startswith("weight-0.3: promote hybrid") and not judged.stderr
-    machine = json.loads(call("analyse", "--protocol", files[0], "--data", files[1], "--json", cwd=workspace).stdout)
-    assert machine["verdict"] == "promote" and machine["arms"][0]["guardrails"][0]["state"] == "kept"
-    planned = json.loads(
-        call(
-            "design",
-            "--baseline",
-            "0.1",
-            "--effect",
-            "0.1",
-            "--daily",
-            "2000",
-            "--ramp",
-            "0.1:5,0.5",
-            "--json",
-            cwd=workspace,
-        ).stdout
-    )
+    found = machine("analyse", "--protocol", str(files[0]), "--data", str(files[1]))
+    assert found["verdict"] == "promote" and found["arms"][0]["guardrails"][0]["state"] == "kept"
+    planned = machine("design", "--baseline", "0.1", "--effect", "0.1", "--daily", "2000", "--ramp", "0.1:5,0.5")
     assert planned["stages"][0] == 5 and planned["maximum"] > planned["fixed"] > planned["expected"]
-    wrong = json.loads(call("simulate", "--runs", "300", "--baseline", "step", "--json", cwd=workspace).stdout)
+    wrong = machine("simulate", "--runs", "300", "--baseline", "step")
     assert wrong["promoted"]["share"] < 0.1 < 0.4 < wrong["pooled"]["share"]
 
 
