@@ -405,7 +405,7 @@ def _shared(values: np.ndarray, who: np.ndarray, place: np.ndarray, stage: np.nd
     count, mean, scatter = _group(np.column_stack([values[first], values[second]]), group, len(found))
     return Shared(*_joined_by([(cells[i // len(cells)], cells[i % len(cells)]) for i in found.tolist()], count, mean, scatter))
 
-# %% ../../nbs/experiments/summaries.ipynb #fbb5dee9
+# %% ../../nbs/experiments/summaries.ipynb #af3031f2
 def _aggregate(connection: Connection, source: Any, keys: Sequence[Any], values: Sequence[Any], shift: Sequence[Any], extra: Sequence[Any] = ()) -> Any:
     "Return one row a group: keys, count, rows without a missing value, sums, products, and what else was asked for."
     away = [value if isinstance(by, float) and by == 0 else value - by for value, by in zip(values, shift, strict=True)]
@@ -459,7 +459,7 @@ def summarise_query(
     covariates: Sequence[str] = (),    # columns measured before the assignment
     *,
     arms: Sequence[str] | None = None, # declared arms; those that occur when nothing is given
-    glance: bool = True,               # shift by the mean of the first thousand rows; costly where `units` itself groups
+    glance: bool = True,               # look at the first thousand rows for a shift; costly where `units` itself groups
     returning: bool = True,            # look for users in several stages, when there are several and `user_key` is known
 ) -> Summaries:
     "Return the summaries of a query; the database adds up."
@@ -472,9 +472,9 @@ def summarise_query(
     shift = np.zeros(len(columns))
     if glance:
         first = sa.select(*values).select_from(source).limit(1_000).subquery("first_rows")
-        means = connection.execute(sa.select(*(sa.func.avg(first.c[name]) for name in columns))).one()
-        shift = np.array([float(mean or 0.0) for mean in means])
-        shift[~np.isfinite(shift)] = 0.0
+        seen = connection.execute(sa.select(*(sa.func.avg(first.c[name]) for name in columns), *(sa.func.avg(first.c[name] * first.c[name]) for name in columns))).one()
+        mean, square = np.array([float(value or 0.0) for value in seen]).reshape(2, -1)
+        shift = np.where(np.isfinite(mean) & (mean**2 > 100 * (square - mean**2)), mean, 0.0)
     extra = (source.c.share,) if "share" in source.c else ()
     rows, count, sums, products, shifts = _stable(connection, source, keys, values, shift, extra)
     cells = [_cell(dict(zip(names, row[:len(names)], strict=True))) for row in rows]
