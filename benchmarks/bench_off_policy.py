@@ -106,7 +106,7 @@ def coverage(
 def main() -> None:
     """Print seconds and ratios, then the table of coverage."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--runs", type=int, default=300, help="runs of each cell of the table of coverage")
+    parser.add_argument("--runs", type=int, default=60, help="runs of each cell of the table of coverage")
     arguments = parser.parse_args()
     users = [secrets.token_hex(32) for _ in range(1_000_000)]
     repeated = users[:50_000] * 20

@@ -226,6 +226,20 @@ def test_outcomes_that_never_came_do_not_bias(lived: TownLog) -> None:
     assert abs(diagnose(logged_calls(fewer, chances)).mean_weight - 1) < 0.1
 
 
+def test_a_comparison_waits_for_outcomes(lived: TownLog) -> None:
+    """Outcomes that come quickly are not like those that come slowly, so a log with few of them says nothing yet."""
+    frame = lived.decisions.assign(settled=lived.decisions["decided_at"] < lived.ends_at - pd.Timedelta(days=7))
+    policies = {"champion": Policy(threshold=0.66, exploration=0.04), "near": Policy(threshold=0.65, exploration=0.04)}
+    early = frame.assign(
+        outcome_score=frame["outcome_score"].mask(frame["received_at"] > frame["decided_at"] + pd.Timedelta(hours=6))
+    )
+    found = compare_policies(call_log(early), policies)
+    assert found.differences["near"] is None and "of the calls are known" in found.reasons["near"][0]
+    ripe = call_log(frame, settled_only=True)
+    assert 0 < len(ripe) == int(frame["settled"].sum()) < len(frame)
+    assert compare_policies(ripe, policies).differences["near"] is not None
+
+
 def test_policies_without_support_are_refused(lived: TownLog) -> None:
     frame = lived.decisions.assign(propensity=lived.decisions["called"].astype(float))
     with_hard = call_log(frame)

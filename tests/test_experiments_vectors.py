@@ -270,6 +270,20 @@ def test_verify_says_what_it_found(workspace: Path, shared: Path, capsys: pytest
     assert "False positives on your own log: 200 random divisions" in table
 
 
+def test_policies_are_compared_on_the_real_log(workspace: Path) -> None:
+    from calling_ai.score.policy import Policy
+    from calling_ai.store.decisions import DecisionLog
+
+    town_log(workspace)
+    frame = DecisionLog.open(workspace).joined()
+    found = off_policy.compare_policies(
+        off_policy.call_log(frame), {"champion": Policy(), "looser": Policy(threshold=0.66)}
+    )
+    champion = found.values["champion"].require()
+    earned = np.where(frame["outcome_score"].notna(), frame["outcome_score"] - 0.5, 0).mean()
+    assert champion.lower < earned < champion.upper and abs(found.values["champion"].diagnostics.mean_weight - 1) < 0.05
+
+
 def test_verify_ends_with_one_when_a_number_is_wrong(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

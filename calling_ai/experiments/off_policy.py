@@ -188,7 +188,7 @@ def standard_error(
     sums = np.bincount(user, terms - terms.mean())
     return float(np.sqrt((sums**2).sum() * len(sums) / max(1, len(sums) - 1)) / len(terms))
 
-# %% ../../nbs/experiments/off_policy.ipynb #34f20837
+# %% ../../nbs/experiments/off_policy.ipynb #355bec48
 @dataclass(frozen=True)
 class Limits(Record):
     "What a log must offer before an estimate is shown."
@@ -200,6 +200,7 @@ class Limits(Record):
     unsupported: float = explained("largest probability of actions that were never taken", default=0.01)
     skewness: float = explained("users needed for each unit of squared skewness (Cochran's rule)", default=25.0)
     lost: float = explained("largest share of the weight that a limit may take away", default=0.05)
+    heard: float = explained("smallest share of calls whose outcome is known, in a comparison of policies", default=0.80)
 
 @dataclass(frozen=True)
 class Diagnostics(Record):
@@ -318,7 +319,7 @@ def _skewed(terms: np.ndarray, user: np.ndarray, limits: Limits) -> list[str]:
     needed, users = users_needed(terms, user, limits.skewness), int(user.max()) + 1
     return [f"rewards and weights are so skewed that {needed:,.0f} users are needed, there are {users:,}"] if needed > users else []
 
-# %% ../../nbs/experiments/off_policy.ipynb #d313b8f7
+# %% ../../nbs/experiments/off_policy.ipynb #67cb809d
 @dataclass(frozen=True)
 class CallLog(Record):
     "Decisions with what came of them; arrays of n rows."
@@ -338,8 +339,12 @@ class CallLog(Record):
 
 def call_log(
     frame: Any,  # decisions joined with their outcomes: a DataFrame of the decision log, or of the town
+    settled_only: bool = False,  # leave out decisions whose outcome may still come; the frame must say `settled`
 ) -> CallLog:
     "Read calls from a table of decisions and outcomes."
+    if settled_only:
+        if "settled" not in frame.columns: raise InputError("frame lacks settled: take it from the decision log, or give settled_only=False")
+        frame = frame[frame["settled"].to_numpy(bool)]
     user = next((name for name in ("user_key", "user_id") if name in frame.columns), None)
     lacking = [name for name in ("called", "propensity", "outcome_score", "formula_score", *FEATURE_NAMES) if name not in frame.columns]
     if lacking or user is None: raise InputError(f"frame lacks {', '.join(lacking) or 'user_key'}: it must hold decisions joined with their outcomes")
@@ -430,7 +435,7 @@ def call_features(
     rest = filled[:, 24:]
     return np.column_stack([formula_score, formula_score**2, filled, agreement, rest**2, rest * formula_score, np.isnan(log.features[:, HISTORY][:, :2])])
 
-# %% ../../nbs/experiments/off_policy.ipynb #8a990daa
+# %% ../../nbs/experiments/off_policy.ipynb #00bb658b
 @dataclass(frozen=True)
 class PolicyComparison(Record):
     "Policies held against a baseline on the same log, before anybody is exposed."
@@ -469,13 +474,14 @@ def compare_policies(
     if predicted is None and estimator not in ("ips", "clipped", "snips"): predicted = cross_fit(call_features(log), log.reward, log.user, log.heard, fit)
     seen = {name: logged_calls(log, call_chances(log, policy), predicted) for name, policy in policies.items()}
     values = {name: evaluate_policy(item, estimator, policy=name, limit=limit, confidence=confidence, limits=limits) for name, item in seen.items()}
-    base = terms_of(seen[baseline], estimator, limit)
+    base, known = terms_of(seen[baseline], estimator, limit), log.heard.sum() / max(1, log.called.sum())
+    unheard = [f"the outcomes of {known:.0%} of the calls are known, at least {limits.heard:.0%} are needed"] if known < limits.heard else []
     differences: dict[str, Estimate | None] = {}
     verdicts, reasons = {}, {}
     for name in policies:
         if name == baseline: continue
         terms = terms_of(seen[name], estimator, limit) - base
-        why = dict.fromkeys((*(f"{baseline}: {reason}" for reason in values[baseline].reasons), *values[name].reasons, *_skewed(terms, seen[name].user, limits)))
+        why = dict.fromkeys((*unheard, *(f"{baseline}: {reason}" for reason in values[baseline].reasons), *values[name].reasons, *_skewed(terms, seen[name].user, limits)))
         reasons[name] = tuple(why)
         found = differences[name] = None if why else mean_interval(terms, seen[name].user, confidence)
         verdicts[name] = "cannot tell" if found is None or not found.excludes_zero else "better" if found.value > 0 else "worse"
