@@ -86,15 +86,15 @@ def coupons(seeds: int, folds: int = 4) -> None:
 
 def town(weeks: int = 8, people: int = 2_800, seed: int = 2026) -> None:
     """Print AUC, and what an equal number of calls is worth when spent by each score."""
-    from calling_ai.core.settings import EvaluationSettings
     from calling_ai.operate.candidates import fit, labelled_rows
     from calling_ai.operate.candidates import predict as ask
-    from calling_ai.operate.collect import collect, held_out
+    from calling_ai.operate.collect import collect
+    from calling_ai.store.snapshots import read_snapshot
 
     made = collect(people, weeks, seed, tempfile.mkdtemp())
-    frame = made.log.decisions.assign(split=held_out(made.log, EvaluationSettings()))
+    frame, truth = read_snapshot(made.snapshot.path), read_snapshot(made.truth.path)
     test = (frame["split"] == "test").to_numpy()
-    x, truth = feature_table(frame[test]).values, made.log.truth[test]
+    x, truth = feature_table(frame[test]).values, truth[test]
     scores = {"formula": frame["formula_score"].to_numpy()[test]}
     for model, width in (("outcome", 45), ("calling_score", 39)):
         candidate = fit(labelled_rows(frame, model), model, tempfile.mkdtemp(), replicates=20)
