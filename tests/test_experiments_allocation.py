@@ -171,9 +171,7 @@ def test_scores_from_sums_equal_scores_row_by_row() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_the_naive_mean_is_biased_and_the_weighted_one_covers(rule: str) -> None:
     cases = {"equal": (0.3, 0.3, 0.3), "one better": (0.25, 0.3, 0.35), "two good": (0.45, 0.5, 0.5)}
-    print(
-        f"\n{rule}, 600 bandits each: bias, root mean square error, coverage of nominally 95 % (arms | differences)"
-    )
+    print(f"\n{rule}, 600 bandits each: bias, root mean square error, coverage of nominally 95 % (arms | differences)")
     for case, means in cases.items():
         log = rehearse(dict(zip(ARMS, means, strict=True)), rule=rule, floor=0.05, delay=1, runs=600, seed=5)
         seen = {}
