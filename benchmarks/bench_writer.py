@@ -2,8 +2,8 @@
 
     python benchmarks/bench_writer.py [--rows 50000] [--url postgresql://user@host/database]
 
-The baseline of each ratio is named in its line. Calls are timed one by one, the cost of the clock included: median and 99th
-percentile. The database is written to in the background all the while, by the same process.
+The baseline of each ratio is named in its line. Calls are timed one by one, the cost of the clock included: median and
+99th percentile. The database is written to in the background all the while, by the same process.
 """
 
 import argparse
@@ -45,6 +45,11 @@ def one_by_one(call: Callable[[Any], object], items: Sequence[Any], pause: float
     return float(np.median(times)) / 1e3, float(np.percentile(times, 99)) / 1e3, float(times.max()) / 1e3
 
 
+def head(name: str) -> None:
+    "Print the head of a table of latencies."
+    print(f"\n{name:58}{'median us':>10}{'p99 us':>10}{'largest us':>12}   {'ratio':>8}")
+
+
 def show(name: str, figures: tuple[float, float, float], base: float) -> None:
     "Print a line of the table of latencies."
     median, tail, largest = figures
@@ -68,7 +73,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--rows", type=int, default=50_000)
     options.add_argument("--durable-rows", type=int, default=2_000)
-    options.add_argument("--url", default="", help="an empty PostgreSQL database; by default SQLite in a temporary folder")
+    options.add_argument("--url", default="", help="an empty PostgreSQL database; by default SQLite")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(Path(folder), chosen)
@@ -78,8 +83,8 @@ def measure(folder: Path, chosen: argparse.Namespace) -> None:
     "Measure in a folder of its own."
     rows = decisions(chosen.rows)
     log = DecisionLog(chosen.url or f"sqlite:///{folder / 'log.db'}", SECRET)
-    print(f"{len(rows):,} decisions of {len(rows[0])} columns into {log.database.dialect.name}\n")
-    print(f"{'one decision handed over':58}{'median us':>10}{'p99 us':>10}{'largest us':>12}   {'ratio':>8}")
+    print(f"{len(rows):,} decisions of {len(rows[0])} columns into {log.database.dialect.name}")
+    head("one decision handed over")
     simple: queue.SimpleQueue[Any] = queue.SimpleQueue()
     base = one_by_one(simple.put, rows)
     show("queue.SimpleQueue.put of the same row", base, base[0])
@@ -103,7 +108,7 @@ def measure(folder: Path, chosen: argparse.Namespace) -> None:
         os.write(handle, encode_row("decision", row))
         os.fsync(handle)
 
-    print(f"\n{'one decision that kill -9 cannot take':58}{'median us':>10}{'p99 us':>10}{'largest us':>12}   {'ratio':>8}")
+    head("one decision that kill -9 cannot take")
     base = one_by_one(bare, few[:part])
     show("the same bytes appended to a file, and fsync", base, base[0])
     other = DecisionLog(f"sqlite:///{folder / 'durable.db'}", SECRET)
@@ -114,7 +119,8 @@ def measure(folder: Path, chosen: argparse.Namespace) -> None:
         eight = together(writer.decision, few[2 * part :], 8)
         writer.flush(600)
         assert writer.counters.unaccounted == 0, writer.counters
-    print(f"{'eight threads together':58}{eight:10,.0f} decisions/s, {eight * base[0] / 1e6:.2f} of the bare file's rate")
+    ratio = eight * base[0] / 1e6
+    print(f"{'eight threads together':58}{eight:10,.0f} decisions/s, {ratio:.2f} of the bare file's rate")
 
     third = DecisionLog(f"sqlite:///{folder / 'batches.db'}", SECRET)
     half = rows[len(rows) // 2 :]
