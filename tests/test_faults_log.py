@@ -77,7 +77,7 @@ def test_what_kill_takes_is_younger_than_the_interval(tmp_path: Path, runs: int,
     result = run("interval", url=url, folder=str(tmp_path / "spill"), runs=runs, locked=locked, timeout=1800)
     print(f"\n{runs} kills, {result['handed']:,} rows handed over, {result['lost']} lost, the oldest of them")
     print(f"{result['oldest_lost_seconds']:.3f} s old; the interval is {result['flush_seconds']} s")
-    slack = 1.0  # for a machine that does not get around to the thread
+    slack = 3.0  # for a machine that does not get around to the thread
     assert result["handed"] > result["lost"] and result["oldest_lost_seconds"] < result["flush_seconds"] + slack
 
 
