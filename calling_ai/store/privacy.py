@@ -151,7 +151,7 @@ def redact(
         write_bytes(path, data).chmod(mode)
     return count
 
-# %% ../../nbs/store/privacy.ipynb #d6c44115
+# %% ../../nbs/store/privacy.ipynb #0ffb23cb
 @dataclass(frozen=True)
 class Forgotten(Record):
     "What became of a person's data."
@@ -191,8 +191,10 @@ def _snapshots_with(folder: Path, keys: Sequence[str]) -> list[Path]:
 
 def _compact(log: Any) -> None:
     "Let the database let go of the pages of erased rows."
-    if log.database.dialect.name == "sqlite": statements = ["VACUUM"]
-    else: statements = [f"VACUUM (FULL, ANALYZE) {table.name}" for table in (decisions, outcomes, exposures)]
+    if log.database.dialect.name == "sqlite":
+        with log.database.connect() as connection: connection.connection.driver_connection.execute("VACUUM")
+        return
+    statements = [f"VACUUM (FULL, ANALYZE) {table.name}" for table in (decisions, outcomes, exposures)]
     with log.database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         for statement in statements: connection.exec_driver_sql(statement)
 
