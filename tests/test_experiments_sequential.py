@@ -51,6 +51,12 @@ def test_exact_boundaries(family: str, published: list[float]) -> None:
         assert_allclose(crossing(np.arange(1, looks + 1), bound, -bound).total, 0.05, rtol=1e-9)
 
 
+def test_exact_boundaries_with_many_looks() -> None:
+    for looks, pocock, fleming in ((10, 2.555, 2.087), (20, 2.672, 2.126)):
+        found = [exact_boundary(looks, family=family)[-1] for family in ("pocock", "obrien_fleming")]
+        assert_allclose(found, [pocock, fleming], atol=6e-4)
+
+
 @pytest.mark.parametrize(
     ("spending", "alternative", "alpha", "published"),
     [
@@ -58,6 +64,7 @@ def test_exact_boundaries(family: str, published: list[float]) -> None:
         (Spending(), "two-sided", 0.05, [3.7103, 2.5114, 1.9930]),
         (Spending(), "two-sided", 0.05, [4.3326, 2.9631, 2.3590, 2.0141]),
         (Spending(), "two-sided", 0.05, [4.8769, 3.3570, 2.6803, 2.2898, 2.0310]),
+        (Spending("pocock"), "two-sided", 0.05, [2.4380, 2.4268, 2.4102, 2.3966, 2.3860]),
         (Spending("hwang_shih_decani", -4.0), "greater", 0.025, [3.2527, 2.9860, 2.6917, 2.3737, 2.0253]),
     ],
 )
