@@ -12,11 +12,11 @@ user ids become pseudonyms here, and go no further."""
 __all__ = ['MISSING', 'EPOCH', 'LONGEST_WORDS', 'CHECKS', 'columns_of', 'Texts', 'check_numbers', 'check_whole', 'check_flags',
            'check_times', 'check_ids', 'check_texts', 'Batch', 'batch']
 
-# %% ../../nbs/store/checks.ipynb #bd4f686e
+# %% ../../nbs/store/checks.ipynb #f08e9238
 import datetime as dt
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -56,7 +56,7 @@ def columns_of(
         else: return {name: frame[name].to_list() for name in frame.columns}, len(frame)
     raise InputTypeError(f"data is a {type(data).__name__}: it must be a frame, a dictionary of columns, a record, or a list of dictionaries or records")
 
-# %% ../../nbs/store/checks.ipynb #6c712a78
+# %% ../../nbs/store/checks.ipynb #2124ddd1
 MISSING = None
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _HEXADECIMAL = np.zeros(256, bool)
@@ -97,6 +97,11 @@ def check_numbers(
 ) -> np.ndarray:  # float64, NaN = missing
     "Check numbers."
     if _series(values) and values.dtype.kind in "fiu": values = values.to_numpy(np.float64, na_value=np.nan)
+    if getattr(getattr(values, "dtype", None), "kind", "") not in "fiu" or not hasattr(values, "dtype"):
+        given = _plain(values)  # numpy would make 1.0 of True, so the types are looked at first
+        values = np.empty(len(given), dtype=object)
+        values[:] = given
+        if set(map(type, given)) <= {float, type(None)}: values = values.astype(np.float64)
     numbers = _numbers(values, column.name)
     check_range(numbers[:, None], [column.name], column.low, column.high)
     if column.required and np.isnan(numbers).any(): raise _missing(int(np.isnan(numbers).argmax()), column)
@@ -229,7 +234,7 @@ def check_texts(
             raise InputError(f"{_at(row(), column.name)}{word!r:.20} is not a pseudonym of 64 hexadecimal digits; give the raw id as user_id", row(), column.name)
     return texts
 
-# %% ../../nbs/store/checks.ipynb #c43a4ae1
+# %% ../../nbs/store/checks.ipynb #66d6cfb0
 @dataclass(frozen=True)
 class Batch(Record):
     "Checked columns."
@@ -292,7 +297,7 @@ def batch(
         if "user_key" in given and not all(map(_none, _plain(given["user_key"]))):
             raise InputError("columns user_id and user_key are both given: give one of them", column="user_id")
         texts = _factorised(raw)
-        if (texts.codes < 0).any(): raise _missing(int((texts.codes < 0).argmax()), columns["user_key"])
+        if (texts.codes < 0).any(): raise _missing(int((texts.codes < 0).argmax()), replace(columns["user_key"], name="user_id"))
         try: keys = pseudonyms(texts.words, secret)
         except InputError as error:
             row = int((texts.codes == (error.row or 0)).argmax())

@@ -11,12 +11,13 @@ read-only or damaged becomes an error of ours with the cause and the remedy. Not
 __all__ = ['metadata', 'BUSY_SECONDS', 'Moment', 'micros', 'day', 'database_time', 'Identifier', 'journal_mode', 'engine',
            'explain_database_error', 'writing', 'reading', 'create_tables']
 
-# %% ../../nbs/store/database.ipynb #388a75d7
+# %% ../../nbs/store/database.ipynb #cbc740f0
 import contextlib
 import datetime as dt
 import json
 import os
 import sqlite3
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def journal_mode(
     "Return the journal that is safe with several writers."
     return "wal" if version >= (3, 51, 3) else "delete"
 
-# %% ../../nbs/store/database.ipynb #f5d56bf7
+# %% ../../nbs/store/database.ipynb #983f43e1
 BUSY_SECONDS = 120.0  # how long a connection waits for a lock
 
 def _pragmas(connection: Any) -> None:
@@ -121,16 +122,12 @@ def _pragmas(connection: Any) -> None:
     if connection.execute("PRAGMA journal_mode").fetchone()[0] not in (journal_mode(), "memory"):  # changing it takes a lock, looking does not
         connection.execute(f"PRAGMA journal_mode = {journal_mode()}")
 
-def _keep_to_process(made: Engine) -> None:
-    "Let a connection of a pool be used only by the process that opened it."
-    @event.listens_for(made, "connect")
-    def _mark(connection: Any, record: Any) -> None: record.info["process"] = os.getpid()
+_POOLS: "weakref.WeakSet[Engine]" = weakref.WeakSet()  # engines that keep connections open
 
-    @event.listens_for(made, "checkout")
-    def _check(connection: Any, record: Any, proxy: Any) -> None:
-        if record.info["process"] == os.getpid(): return
-        record.dbapi_connection = proxy.dbapi_connection = None  # left to the parent, not closed
-        raise sa.exc.DisconnectionError("the connection belongs to another process")
+def _leave_to_parent() -> None:
+    for made in list(_POOLS): made.dispose(close=False)
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 def engine(
     url: str,                       # 'sqlite:///path/to/file.db' or 'postgresql://user@host/database'
@@ -144,7 +141,7 @@ def engine(
         address = address.set(drivername="postgresql+psycopg")
         try: made = sa.create_engine(address, pool_pre_ping=True, connect_args={"options": "-c TimeZone=UTC"}, **options)
         except ModuleNotFoundError: raise UnavailableError("PostgreSQL needs the driver psycopg: pip install 'calling-ai[postgres]'") from None
-        _keep_to_process(made)
+        _POOLS.add(made)
         return made
     if address.get_backend_name() != "sqlite":
         raise InputError(f"url names the database {address.drivername}: it must be sqlite or postgresql")
