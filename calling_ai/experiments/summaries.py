@@ -261,7 +261,7 @@ def check_arms(
         if not isinstance(arm, str): raise InputError(f"arm is {arm!r}: every user belongs to an arm, given by its name")
         if arm not in declared: raise InputError(f"arm is {arm!r}, which nobody declared: the arms are {', '.join(declared)}")
 
-# %% ../../nbs/experiments/summaries.ipynb #d9f7b2e6
+# %% ../../nbs/experiments/summaries.ipynb #20734b80
 def summarise(
     frame: Any,                        # table with a row a user, or several; any mapping of columns does
     totals: Sequence[str] = ("y",),    # columns to add up per user: metrics and denominators
@@ -394,10 +394,11 @@ def _group(values: np.ndarray, place: np.ndarray, groups: int) -> tuple[np.ndarr
 
 def _shared(values: np.ndarray, who: np.ndarray, place: np.ndarray, stage: np.ndarray, cells: Sequence[Cell]) -> Shared:
     "Return the moments of users who are in several cells, which are cells of different stages."
-    if len(np.unique(who)) == len(who): return nobody_shared(values.shape[1])
+    most = int(np.bincount(who, minlength=1).max())
+    if most <= 1: return nobody_shared(values.shape[1])
     order = np.lexsort((stage, who))
     pairs = []
-    for step in range(1, int(np.bincount(who).max())):
+    for step in range(1, most):
         same = np.flatnonzero(who[order[step:]] == who[order[:-step]])
         pairs.append(np.column_stack([order[same], order[same + step]]))
     first, second = np.concatenate(pairs).T
