@@ -152,7 +152,8 @@ def test_other_content_under_the_same_key_is_refused_and_both_are_shown(log: Dec
     log.record(first)
     log.record_outcome(kept)
     before = content(log)
-    for change in ({"outcome_score": 0.2}, {"action": None}, {"happened_at": NOON + HOUR + 10 * MINUTE}, {"corrects": "another"}):
+    later = NOON + HOUR + 10 * MINUTE
+    for change in ({"outcome_score": 0.2}, {"action": None}, {"happened_at": later}, {"corrects": "another"}):
         with pytest.raises(Conflict, match="with other content") as caught:
             log.record_outcomes([outcome(first), kept | change, outcome(first)])
         [(name, value)] = change.items()
