@@ -65,21 +65,22 @@ def write(url: str, folder: str) -> None:
     kept = snapshot(
         DecisionLog(url, SECRET), START, until, folder=folder, parts=Parts(test_from=until - dt.timedelta(days=14))
     )
-    seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"rows": kept.rows, "seconds": seconds, "peak_gib": peak, "counts": kept.counts}))
+    seconds, used = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
+    found = {"seconds": seconds, "cpu": time.process_time(), "peak_gib": used.ru_maxrss / 2**20}
+    print(json.dumps({"rows": kept.rows, "counts": kept.counts, **found}))
 
 
-def select(url: str) -> float:
-    """Return the seconds of a bare SELECT of the same columns, rows thrown away as they come."""
+def select(url: str) -> tuple[float, float]:
+    """Return seconds and processor seconds of a bare SELECT of the same columns, rows thrown away as they come."""
     log = DecisionLog(url, SECRET)
     chosen = sa.select(*(sa.type_coerce(column, sa.Text) for column in log_columns().values())).order_by(decisions.c.id)
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     with reading(log.database) as connection:
         result = connection.execution_options(stream_results=log.database.dialect.name != "sqlite").execute(chosen)
         while result.cursor.fetchmany(16_384):  # type: ignore[attr-defined]
             pass
         result.close()
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, time.process_time() - used
 
 
 def main() -> None:
@@ -99,7 +100,7 @@ def main() -> None:
             home.mkdir()
             url = options.url or f"sqlite:///{home / 'log.db'}"
             filled = fill(url, rows)
-            bare = select(url)
+            bare, bare_cpu = select(url)
             done = subprocess.run(
                 [sys.executable, __file__, "--write", url, str(home / "snapshots")],
                 capture_output=True,
@@ -110,8 +111,9 @@ def main() -> None:
             per_row[rows] = found["seconds"] / rows
             print(
                 f"{rows:>9,} decisions, {found['counts']['with_outcome']:,} with an outcome: snapshot "
-                f"{found['seconds']:.1f} s, peak {found['peak_gib']:.2f} GiB; bare SELECT {bare:.1f} s; ratio "
-                f"{found['seconds'] / bare:.2f} (log filled in {filled:.0f} s)",
+                f"{found['seconds']:.1f} s ({found['cpu']:.1f} s of processors), peak {found['peak_gib']:.2f} GiB; "
+                f"bare SELECT {bare:.1f} s ({bare_cpu:.1f}); ratio {found['seconds'] / bare:.2f} "
+                f"({found['cpu'] / bare_cpu:.2f}); log filled in {filled:.0f} s",
                 flush=True,
             )
         few, many = min(per_row), max(per_row)

@@ -229,7 +229,7 @@ def doctor(
         console.print("all is well" if good else "[red]something needs attention[/]")
     if not good: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #f6a9210c
+# %% ../nbs/cli.ipynb #7c517a3d
 Moment = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], show_default="all", help="UTC.")]
 
 def _utc(moment: datetime | None) -> datetime | None:
@@ -264,7 +264,7 @@ def quality(
     "Check whether the decision log is fit to learn from."
     from calling_ai.store.decisions import DecisionLog
     from calling_ai.store.quality import check_log
-    found = check_log(DecisionLog.open(settings()), _utc(since), _utc(until))
+    found = check_log(DecisionLog.open(settings()), _utc(since), _utc(until), now=_utc(until))
     if as_json: _print_json({"status": found.status, **found.to_dict()})
     else:
         marks = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}

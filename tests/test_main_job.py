@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -93,6 +94,21 @@ def test_snapshots_and_files_are_what_their_digest_says(lived: tuple[Path, dict,
     assert not [name for name in frame.columns if name.startswith("truth_")]
     people = {part: set(frame.loc[frame["split"] == part, "user_key"]) for part in ("train", "validation", "test")}
     assert not people["train"] & people["test"] and not people["validation"] & people["test"]
+
+
+def test_the_log_grows_by_what_is_new_and_knows_nobody_by_name(lived: tuple[Path, dict, dict]) -> None:
+    from calling_ai.store.privacy import search
+
+    folder, first, second = lived
+    before, after = first["prepared"], second["prepared"]
+    assert before["recorded"]["known"] == 0 and before["recorded"]["decisions"] == before["decisions"]
+    assert after["recorded"]["known"] == before["decisions"]
+    with sqlite3.connect(folder / "var" / "calling_ai.db") as connection:
+        ((rows, distinct),) = connection.execute("SELECT count(*), count(DISTINCT id) FROM decisions")
+    assert rows == distinct == after["decisions"] == after["snapshot"]["rows"]
+    assert after["snapshot"]["counts"]["history_differs"] == 0, "the log and the town remember differently"
+    found = search([folder / "var", folder / "reports"], [b"person-0001", b"person-0042"])
+    assert found.files > 20 and found.total == 0, found.found
 
 
 def test_reports_are_whole_and_offline(lived: tuple[Path, dict, dict]) -> None:

@@ -11,11 +11,10 @@ truth that the town knows goes into a file of its own: training reads the snapsh
 __all__ = ['AHEAD', 'COLUMNS', 'held_out', 'life_name', 'derived_ids', 'town_log', 'decision_rows', 'Recorded', 'record_town',
            'Collected', 'collect', 'example']
 
-# %% ../../nbs/operate/collect.ipynb #1856585d
+# %% ../../nbs/operate/collect.ipynb #a2e30451
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def held_out(
     begins = log.ends_at - pd.Timedelta(weeks=evaluation.test_weeks)
     return Parts(begins.to_pydatetime(), evaluation.test_share, evaluation.validation_share)
 
-# %% ../../nbs/operate/collect.ipynb #ab0e5e32
+# %% ../../nbs/operate/collect.ipynb #afd5955c
 def life_name(
     people: int,     # number of people
     seed: int,       # seed of the town
@@ -62,7 +61,7 @@ def life_name(
 
 def derived_ids(
     moments: Any,          # n times
-    names: Sequence[Any],  # n names, each once
+    names: Any,            # n names, each once
     of: str,               # what they belong to
 ) -> list[str]:
     "Return identifiers of the form UUIDv7 that follow from moment and name."
