@@ -99,7 +99,7 @@ def _history(survey: pd.DataFrame, person: np.ndarray) -> dict[str, np.ndarray]:
     known = {name: np.where(number > 0, values, np.nan) for name, values in found.items()}
     return {f"history_{name}": values for name, values in (known | {"interaction_count": np.minimum(1, number / 100)}).items()}
 
-# %% ../../nbs/world/coupons.ipynb #f0d21043
+# %% ../../nbs/world/coupons.ipynb #9e216f23
 PROFILE: tuple[str, ...] = ("gender", "age", "maritalStatus", "has_children", "education", "occupation", "income", *(column for column, _ in KINDS.values()))
 
 def read_survey(
@@ -126,7 +126,7 @@ def _base(survey: pd.DataFrame) -> dict[str, np.ndarray]:
     "Return the features of every answer but the history."
     habits = {kind: _answers(survey, column, OFTEN) for kind, (column, _) in KINDS.items()}
     offered = {kind: (survey["coupon"] == kind).to_numpy(float) for kind in KINDS}
-    if (sum(offered.values()) != 1).any(): raise InputError(f"column coupon: kinds of coupon are {', '.join(KINDS)}", column="coupon")
+    if not survey["coupon"].isin(list(KINDS)).all(): raise InputError(f"column coupon: kinds of coupon are {', '.join(KINDS)}", column="coupon")
     minutes = 5 + 10 * survey["toCoupon_GEQ15min"].to_numpy(float) + 10 * survey["toCoupon_GEQ25min"].to_numpy(float)
     work = survey["occupation"].map({"Student": 1.0, "Unemployed": 0.5, "Retired": 0.25}).fillna(0.0).to_numpy(float)
     return {**{f"user_{vibe}": habits[kind] for kind, (_, vibe) in KINDS.items()}, **{f"spot_{vibe}": offered[kind] for kind, (_, vibe) in KINDS.items()},
