@@ -13,9 +13,10 @@ __all__ = ['WAIT_SECONDS', 'ATTEMPTS', 'T', 'Decision', 'Outcome', 'example_deci
            'ErasedRows', 'LogCounts', 'received', 'last_row', 'check_outcomes_follow', 'check_corrections',
            'DecisionLog']
 
-# %% ../../nbs/store/decisions.ipynb #c653cc73
+# %% ../../nbs/store/decisions.ipynb #e300d4d0
 import dataclasses
 import datetime as dt
+import mmap
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -269,7 +270,7 @@ def check_corrections(
             step = found[step].corrects if step in found else None
         if step is not None: raise InputError(f"row {at}, column corrects: {key!r:.60} would correct itself by way of {targets[row]!r:.60}", at, "corrects")
 
-# %% ../../nbs/store/decisions.ipynb #aa6cfa2e
+# %% ../../nbs/store/decisions.ipynb #410852a8
 WAIT_SECONDS = 600.0  # how long SQLite waits for another process that writes
 ATTEMPTS = 10         # of a transaction that PostgreSQL ended because of a deadlock
 T = TypeVar("T")
@@ -363,8 +364,12 @@ class DecisionLog:
         key = self._key(user, user_key)
         erased = self._write(lambda connection: self._erase(connection, key), exclusive=True)
         if self.database.dialect.name == "sqlite":
-            with self.database.connect() as connection:  # pages that were overwritten must not live on in a write-ahead log
-                connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[union-attr]
+            with self.database.connect() as connection:  # what was deleted must not live on in a write-ahead log, nor in the gaps of a page
+                raw: Any = connection.connection.driver_connection
+                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                with Path(str(self.database.url.database)).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as held:
+                    left = held.find(key.encode()) >= 0
+                if left: raw.execute("VACUUM")
         return erased
 
     def _ready(self) -> None:
