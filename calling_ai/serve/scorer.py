@@ -154,7 +154,7 @@ def rows_of(
         rows.append(row)
     return rows
 
-# %% ../../nbs/serve/scorer.ipynb #ec332bef
+# %% ../../nbs/serve/scorer.ipynb #3cce46bc
 _tried: set[str] = set()  # digests of files that came back well from the child process
 
 @dataclass
@@ -395,7 +395,8 @@ class Scorer:
         columns = self.score_array(table, decision_ids, **options).columns()
         if given is None or given.implementation.is_pandas():
             import pandas as pd
-            return pd.DataFrame(columns, index=None if given is None else frame.index)
+            texts = {name: pd.array(values, dtype="str") for name, values in columns.items() if values.dtype == object}  # also where all are missing
+            return pd.DataFrame(columns | texts, index=None if given is None else frame.index)
         return nw.from_dict({name: values.tolist() if values.dtype == object else values for name, values in columns.items()}, backend=given.implementation).to_native()
 
     # Answering.
