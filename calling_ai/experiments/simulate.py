@@ -276,7 +276,7 @@ def shown(
     def text(value: Any) -> Any: return str(value) if isinstance(value, Rate) else ("yes" if value else "no") if isinstance(value, bool) else value
     return pd.DataFrame([{name.replace("_", " "): text(value) for name, value in row.items()} for row in rows])
 
-# %% ../../nbs/experiments/simulate.ipynb #5c9ca447
+# %% ../../nbs/experiments/simulate.ipynb #e6fcf032
 def power_row(
     scenario: Scenario,        # with an effect
     runs: int = 10_000,        # experiments
@@ -301,7 +301,8 @@ def power_row(
 def _tails(paths: Paths, found: Stops) -> np.ndarray:
     "Return the stage-wise tail of each experiment at the true effect; inside of [0.025, 0.975] where the interval covers."
     truth = _truth(paths.scenario)
-    information = np.maximum.accumulate(1 / np.mean(paths.error[found.looks] ** 2, axis=1))
+    weight, variance = paths.weight[-1].mean(), paths.variance[-1].mean()
+    information = _plan(paths, found.looks)[1] * weight**2 / variance  # on a flat baseline the score's variance is proportional to it
     tail = np.zeros(len(found.at))
     for look in np.unique(found.at):
         rows = found.at == look
