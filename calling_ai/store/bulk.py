@@ -10,7 +10,7 @@ thousands of keys at once. Nothing here knows what the rows mean."""
 # %% auto #0
 __all__ = ['BLOCK', 'KEYS', 'SMALL', 'Conflict', 'conflict', 'time_texts', 'tuples', 'existing', 'check_same', 'insert']
 
-# %% ../../nbs/store/bulk.ipynb #2f847544
+# %% ../../nbs/store/bulk.ipynb #02c7d9e9
 import datetime as dt
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,6 +21,7 @@ from sqlalchemy.engine import Connection
 
 from ..core.errors import RefusedError
 from .checks import EPOCH, Batch
+from .database import Moment
 
 # %% ../../nbs/store/bulk.ipynb #7a52a3ff
 class Conflict(RefusedError):
@@ -77,7 +78,7 @@ def tuples(
         rows = slice(start, start + BLOCK)
         yield from zip(*(way(held.columns[name][rows]) if way is time_texts else way(name, rows) for name, way in ways))
 
-# %% ../../nbs/store/bulk.ipynb #a2906ab7
+# %% ../../nbs/store/bulk.ipynb #73f70c79
 KEYS = 5_000  # that are looked up in one statement
 
 def existing(
@@ -88,7 +89,8 @@ def existing(
     wanted: Sequence[Any],  # columns of the answer
 ) -> list[sa.Row]:
     "Return the rows of a table whose column is one of the values."
-    distinct, found = list(dict.fromkeys(value for value in values if value is not None)), []
+    found: list[sa.Row] = []
+    distinct = list(dict.fromkeys(value for value in values if value is not None))
     for start in range(0, len(distinct), KEYS):
         chosen = sa.select(*wanted).where(table.c[column].in_(distinct[start:start + KEYS]))
         found += connection.execute(chosen).all()
@@ -105,18 +107,18 @@ def check_same(
     names = list(dict.fromkeys([*key, *content]))
     found = existing(connection, table, key[-1], held.cells(key[-1], slice(None)), [table.c[name] for name in names])
     kept = {tuple(getattr(row, name) for name in key): row._asdict() for row in found}
-    cells = {name: held.cells(name, slice(None)) if name in held.columns else [None] * held.rows for name in names}
+    cells: dict[str, list[Any]] = {name: held.cells(name, slice(None)) if name in held.columns else [None] * held.rows for name in names}
     for name in names:
         kind = getattr(held.columns.get(name), "dtype", None)
         if kind == np.float64: cells[name] = [None if value != value else value for value in cells[name]]
-        elif isinstance(table.c[name].type.impl, sa.DateTime) if isinstance(table.c[name].type, sa.types.TypeDecorator) else False:
+        elif isinstance(table.c[name].type, Moment):
             cells[name] = [EPOCH + dt.timedelta(microseconds=value) for value in cells[name]]
     for row, values in enumerate(zip(*cells.values())):
         given = dict(zip(names, values))
         there = kept[tuple(given[name] for name in key)]
         if there != given: raise conflict(table.name, key, there, given, held.position(row))
 
-# %% ../../nbs/store/bulk.ipynb #3e21ee29
+# %% ../../nbs/store/bulk.ipynb #d1caf7af
 SMALL = 50  # rows below which COPY does not pay
 
 def _insert_sqlite(connection: Connection, table: sa.Table, held: Batch, key: Sequence[str], times: Sequence[str]) -> int:
@@ -160,7 +162,7 @@ def insert(
 ) -> int:  # rows written; the others were there
     "Write the rows whose key is not there yet."
     if not held.rows: return 0
-    times = [name for name in held.columns if isinstance(getattr(table.c[name].type, "impl", None), sa.DateTime)]
+    times = [name for name in held.columns if isinstance(table.c[name].type, Moment)]
     way = _insert_sqlite if connection.dialect.name == "sqlite" else _insert_postgresql
     written = way(connection, table, held, key, times)
     if written < held.rows: check_same(connection, table, held, key, content)

@@ -177,7 +177,7 @@ class LogCounts(Record):
     impossible: int = explained("messages that say they happened before their decision; they count for nothing")
     forgotten: int = explained("people who asked to be forgotten")
 
-# %% ../../nbs/store/decisions.ipynb #7d0aebb7
+# %% ../../nbs/store/decisions.ipynb #c3760226
 _DECISION_CONTENT = [name for name in DECISION_COLUMNS if name != "recorded_at"]
 _OUTCOME_CONTENT = [name for name in OUTCOME_COLUMNS if name != "received_at"]
 
@@ -221,9 +221,10 @@ def check_outcomes_follow(
     "Raise an error if an outcome happened before its decision, or if its decision must be known and is not."
     skew, decided = round(skew_seconds * 1e6), micros(decisions.c.decided_at)
     if connection.dialect.name == "sqlite":
-        new, happened = sa.literal_column("outcomes.rowid") > before, micros(outcomes.c.happened_at)
+        new: Any = sa.literal_column("outcomes.rowid") > before
+        happened: Any = micros(outcomes.c.happened_at)
         source: Any = outcomes.outerjoin(decisions, decisions.c.id == outcomes.c.decision_id)
-        message = outcomes.c.decision_id
+        message: Any = outcomes.c.decision_id
         early = sa.and_(new, outcomes.c.happened_at < decisions.c.decided_at, happened < decided - skew)  # texts are compared before numbers are made
     else:
         given = sa.func.unnest(sa.bindparam("ids", type_=postgresql.ARRAY(Identifier)), sa.bindparam("times", type_=postgresql.ARRAY(sa.BigInteger)))
