@@ -12,7 +12,7 @@ it stopped. Nothing is lost, doubled, or scored with two versions."""
 # %% auto #0
 __all__ = ['BATCH', 'Partition', 'cut', 'Job', 'owned', 'plan', 'score_partition', 'pending', 'finish', 'score_tables']
 
-# %% ../../nbs/operate/batch.ipynb #ca734804
+# %% ../../nbs/operate/batch.ipynb #2ed5c00b
 import contextlib
 import fcntl
 import functools
@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from ..core.contract import ASSESSMENT_NAMES, FEATURE_NAMES, TREND_NAMES, check_columns
-from ..core.errors import CallingError, InputError, IntegrityError, NotFoundError, RefusedError, explain_os_error
+from ..core.errors import InputError, IntegrityError, NotFoundError, RefusedError, explain_os_error
 from ..core.files import atomic_path, read_json, sha256_bytes, sha256_file, to_json, write_json
 from ..core.records import Record, explained
 from ..core.settings import Settings

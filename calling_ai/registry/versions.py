@@ -13,7 +13,7 @@ __all__ = ['ALIASES', 'STATUSES', 'versions_table', 'aliases_table', 'events_tab
            'VersionDraft', 'Version', 'Event', 'restore_estimates', 'keep_file', 'number_next', 'Release',
            'release_key', 'Registry']
 
-# %% ../../nbs/registry/versions.ipynb #01f3c7d0
+# %% ../../nbs/registry/versions.ipynb #4d3648a8
 import contextlib
 import datetime as dt
 import importlib.metadata
@@ -31,7 +31,7 @@ from sqlalchemy.engine import Connection, RowMapping
 
 from ..core.contract import MODELS, check_model
 from ..core.errors import InputError, IntegrityError, NotFoundError, RefusedError, explain_os_error
-from ..core.files import atomic_path, read_checked, sha256_bytes, sha256_file, to_json
+from ..core.files import atomic_path, read_checked, sha256_file, to_json
 from ..core.records import Estimate, Record, explained
 from ..core.settings import settings
 from ..store.database import Moment, engine, metadata, reading, writing
