@@ -1,11 +1,14 @@
 """The log of decisions: nothing lost, nothing doubled, whole or not at all, and the same on both databases."""
 
+import contextlib
 import datetime as dt
 import math
 import multiprocessing
 import os
 import pickle
 import random
+import subprocess
+import sys
 import traceback
 import uuid
 from collections.abc import Callable
@@ -716,12 +719,15 @@ def test_a_writer_waits_for_a_reader_and_a_reader_for_a_writer(log: DecisionLog)
     log.record_frame(example_decisions(50))
     with reading(log.database) as connection:
         connection.execute(sa.select(decisions)).first()
-        context = multiprocessing.get_context("fork")
-        child = context.Process(target=lambda: log.record_frame(example_decisions(50, seed=1)))
-        child.start()
-        child.join(1.0)
-    child.join(60)
-    assert child.exitcode == 0 and log.counts().decisions == 100
+        command = (
+            "import sys; from calling_ai.store.decisions import DecisionLog, example_decisions as made; "
+            "print(DecisionLog(sys.argv[1], bytes.fromhex(sys.argv[2])).record_frame(made(50, seed=1)).written)"
+        )
+        url = log.database.url.render_as_string(hide_password=False)
+        child = subprocess.Popen([sys.executable, "-c", command, url, log.secret.hex()], stdout=subprocess.PIPE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(5.0)  # SQLite makes it wait for the reader, PostgreSQL does not
+    assert child.communicate(timeout=60)[0] == b"50\n" and log.counts().decisions == 100
 
 
 def test_a_forked_child_has_connections_of_its_own(log: DecisionLog) -> None:
@@ -853,5 +859,5 @@ def test_records_have_the_columns_of_the_tables() -> None:
     assert set(Outcome.__dataclass_fields__) == set(OUTCOME_COLUMNS) == set(outcomes.c.keys())
     assert set(Decision.__dataclass_fields__) - {"user_id"} == set(DECISION_COLUMNS) == set(decisions.c.keys())
     assert "person-" not in repr(made)
-    with pytest.raises(CallingError):
-        DecisionLog("sqlite:///x.db", b"").decisions(user=None)
+    with pytest.raises(CallingError, match="secret is empty"):
+        DecisionLog("sqlite://", b"")

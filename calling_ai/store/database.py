@@ -156,7 +156,7 @@ def engine(
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
     return made
 
-# %% ../../nbs/store/database.ipynb #0cf41a80
+# %% ../../nbs/store/database.ipynb #84b0e8b1
 _CAUSES = (
     (("locked", "busy"), StorageError, "another process holds the lock; wait for it to end and run the command again"),
     (("disk is full", "disk i/o error"), StorageError, "the disk is full or refuses to write; free some space and run the command again"),
@@ -164,7 +164,7 @@ _CAUSES = (
     (("unable to open",), StorageError, "it cannot be opened; check that its folder exists and may be written to"),
     (("malformed", "not a database"), IntegrityError, "the file is damaged; restore it from a backup"),
     (("no space left",), StorageError, "its disk is full; free some space there and run the command again"),
-    (("connection refused", "could not connect", "connection failed", "closed the connection", "connection is lost", "connection is closed",
+    (("connection refused", "connection is bad", "could not connect", "connection failed", "closed the connection", "connection is lost", "connection is closed",
       "terminating connection", "starting up", "shutting down", "too many clients", "consuming input failed", "connection timeout"), StorageError,
      "it cannot be reached; check that the server runs and that [store] url is right"),
 )

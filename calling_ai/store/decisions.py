@@ -271,7 +271,7 @@ def check_corrections(
             step = found[step].corrects if step in found else None
         if step is not None: raise InputError(f"row {at}, column corrects: {key!r:.60} would correct itself by way of {targets[row]!r:.60}", at, "corrects")
 
-# %% ../../nbs/store/decisions.ipynb #410852a8
+# %% ../../nbs/store/decisions.ipynb #8994d644
 WAIT_SECONDS = 600.0  # how long SQLite waits for another process that writes
 ATTEMPTS = 10         # of a transaction that PostgreSQL ended because of a deadlock
 T = TypeVar("T")
@@ -290,6 +290,7 @@ class DecisionLog:
         clock_skew_seconds: float = 1_200.0,  # how far two clocks may differ
         wait_seconds: float = WAIT_SECONDS,   # how long SQLite waits for another process that writes
     ) -> None:
+        if not secret: raise InputError("secret is empty: pseudonyms that anybody can compute protect nobody; give at least 16 bytes")
         self.database = engine(url, busy_seconds=wait_seconds)
         self.secret, self.attribution_days, self.clock_skew_seconds = secret, attribution_days, clock_skew_seconds
         self._is_ready = False
