@@ -17,7 +17,7 @@ def execute(folder: Path, root: Path, *options: str) -> subprocess.CompletedProc
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CALLING_AI_")}
     environment |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     command = [str(TOOL), "--n-workers", "2", "--do-print", *options, str(folder)]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=550)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 def ran(result: subprocess.CompletedProcess[str]) -> list[Path]:
