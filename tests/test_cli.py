@@ -166,10 +166,12 @@ def test_a_tampered_model_file_falls_back_and_says_so(folder: Path, tmp_path: Pa
     copy = tmp_path / "copy"
     copytree(folder, copy)
     (model,) = (copy / "var" / "models").glob("*.onnx")
-    model.chmod(0o644)
-    content = bytearray(model.read_bytes())
-    content[len(content) // 2] ^= 1
-    model.write_bytes(content)
+    (release,) = (copy / "var" / "releases").glob("*.onnx")  # scoring needs no more than this one
+    for file in (model, release):
+        file.chmod(0o644)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     scored = call("score", "--input", "records.csv.gz", "--output", "after.csv", cwd=copy)
     assert scored.returncode == 0
     scores = pd.read_csv(copy / "after.csv")
