@@ -504,9 +504,9 @@ time.sleep(60)"""
 def test_a_timeout_ends_even_a_stubborn_kernel(tmp_path):
     source = write(tmp_path / "long.ipynb", "## Wait", STUBBORN)
     start = time.monotonic()
-    with pytest.raises(NotebookError, match='failed in "Wait": TimeoutError: not finished after 3 seconds'):
-        run_notebook(source, {}, tmp_path / "out.ipynb", timeout=3)
-    assert time.monotonic() - start < 14
+    with pytest.raises(NotebookError, match='failed in "Wait": TimeoutError: not finished after 10 seconds'):
+        run_notebook(source, {}, tmp_path / "out.ipynb", timeout=10)  # a slow machine starts the kernel first
+    assert time.monotonic() - start < 45
     assert not psutil.pid_exists(int((tmp_path / "kernel.pid").read_text()))
     assert '"started\\n"' in (tmp_path / "out.ipynb").read_text()
 
