@@ -151,11 +151,9 @@ def start_up(root: Path) -> tuple[float, float, str]:
 
 def draw(single: list[tuple[str, float, float]], batch: list[tuple[str, float]]) -> Path:
     "Draw both tables."
-    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
-    fig, _ = figure(9, 4.6)
-    plt.close(fig)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), constrained_layout=True)
+    fig, (left, right) = figure(8.5, 7.5, rows=2)
     names = [name for name, _, _ in single]
     colours = [COLOURS["network"] if name.startswith("score") else COLOURS["grey"] for name in names]
     left.barh(names, [median for _, median, _ in single], color=colours)
@@ -163,7 +161,8 @@ def draw(single: list[tuple[str, float, float]], batch: list[tuple[str, float]])
         [tail for _, _, tail in single], names, color=COLOURS["formula"], marker="|", s=120, label="99th percentile"
     )
     left.set(xscale="log", xlabel="microseconds for one moment (median)", title="One moment")
-    left.legend(loc="lower right")
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.legend(loc="upper right", bbox_to_anchor=(1, 1.16))
     left.invert_yaxis()
     names = [name for name, _ in batch]
     colours = [COLOURS["network"] if name.startswith("score") else COLOURS["grey"] for name in names]
