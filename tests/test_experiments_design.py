@@ -82,9 +82,9 @@ def test_the_questions_are_inverse(
     effect = share * (1 - base)
     options: dict[str, Any] = {"variance": variance, "ratio": ratio, "alternative": alternative, "inflation": inflation}
     needed = sample_size(proportion(base), effect, power=0.9, **options)
-    assert_allclose(
-        power_of(proportion(base), effect, needed.control, **options), 0.9, atol=3e-3
-    )  # the far tail adds a little where users are few
+    found = power_of(proportion(base), effect, needed.control, **options)
+    # a two-sided test may also find the effect on the wrong side: that adds a little where users are few
+    assert 0.9 - 1e-9 <= found <= (0.9 + 1e-9 if alternative == "greater" else 0.91)
     assert power_of(proportion(base), effect, needed.control * 1.1, **options) > 0.9
 
 

@@ -10,7 +10,8 @@ setting that is silently ignored is worse than none."""
 
 # %% auto #0
 __all__ = ['ranged', 'StoreSettings', 'PolicySettings', 'TownSettings', 'TrainingSettings', 'EvaluationSettings', 'BatchSettings',
-           'ServeSettings', 'ExperimentSettings', 'ScheduleSettings', 'Settings', 'settings']
+           'ServeSettings', 'ExperimentSettings', 'RetrainingSettings', 'RolloutSettings', 'OnlineSettings',
+           'MonitoringSettings', 'AlertSettings', 'ScheduleSettings', 'Settings', 'settings']
 
 # %% ../../nbs/core/settings.ipynb #caa164bf
 import configparser
@@ -34,13 +35,14 @@ def ranged(
     "Return a field of a section: a number in [`low`, `high`]."
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
 
-# %% ../../nbs/core/settings.ipynb #80d3616e
+# %% ../../nbs/core/settings.ipynb #2b6cebac
 @dataclass(frozen=True)
 class StoreSettings(Record):
     "Where things are kept."
     url: str = explained("SQLAlchemy URL of the database; empty is SQLite in var/", default="")
     folder: str = explained("folder of database, models, snapshots and runs, from the workspace", default="var")
     reports: str = explained("folder of the reports, from the workspace", default="reports")
+    models: str = explained("fsspec URL of the model files; empty is the folder", default="")
     flush_seconds: float = ranged("longest time that a logged row is in memory only; what kill -9 can take", 0.01, 60, 0.5)
     buffer_rows: int = ranged("rows of the log that wait in memory; more go to the disk", 100, 10_000_000, 10_000)
     batch_rows: int = ranged("rows of the log written at once", 1, 100_000, 500)
@@ -104,11 +106,66 @@ class ExperimentSettings(Record):
     window_days: float = ranged("days after the exposure whose decisions count for a user", 0.01, 365, 14.0)
 
 @dataclass(frozen=True)
+class RetrainingSettings(Record):
+    "When models are trained again."
+    days: float = ranged("days after the last training after which the next one is due", 0.0001, 365, 7.0)
+    samples: int = ranged("new decisions with an outcome after which a training is due earlier", 1, 1_000_000_000, 1_000)
+    policy: str = explained("periods missed while the machine slept: skip, latest or all", default="latest")
+    rollout: str = explained("what follows for a better candidate: shadow, or staging", default="shadow")
+
+@dataclass(frozen=True)
+class RolloutSettings(Record):
+    "How a new version reaches everybody."
+    stages: str = explained("share of users in each stage, the first being shadow", default="0, 0.10, 0.50, 1.0")
+    effect: float = ranged("relative effect that a rollout is planned to find", 0.0001, 10, 0.05)
+    stage_power: float = ranged("chance to see, before the next stage, a harm as large as the planned effect", 0.05, 0.999, 0.5)
+    shadow_decisions: int = ranged("decisions scored in shadow before the first user", 1, 1_000_000_000, 1_000)
+    positive_margin: float = ranged("how much worse the positive rate may get, relative", 0, 0.99, 0.05)
+    fallback_margin: float = ranged("how much the share of fallbacks may grow, absolute", 0, 1, 0.01)
+    latency_margin: float = ranged("how much the latency may grow, relative", 0, 100, 0.5)
+    error_margin: float = ranged("how much the share of errors may grow, absolute", 0, 1, 0.005)
+    weight: float = ranged("weight of the network with which a new version begins", 0, 0.5, 0.1)
+    approval: str = explained("stages that wait for a person: none, all, or their numbers such as 0.5, 1.0", default="none")
+    off_policy: str = explained("what a bad or missing off-policy check does before the first user: hold, or tell", default="tell")
+
+@dataclass(frozen=True)
+class OnlineSettings(Record):
+    "How a model learns between two trainings."
+    batch: int = ranged("new outcomes of one update", 1, 1_000_000, 256)
+    replay: float = ranged("remembered rows per new one", 0, 100, 4.0)
+    trust: float = ranged("largest mean change of the answers against the last full model", 0.0001, 1, 0.05)
+    rate: float = ranged("learning rate", 1e-7, 1, 1e-4)
+
+@dataclass(frozen=True)
+class MonitoringSettings(Record):
+    "What is watched, and how often it may cry wolf."
+    alarms: float = ranged("expected false drift alarms, over all features and all days together", 0.0001, 1, 0.05)
+    shift: float = ranged("shift of a feature that matters, in standard deviations", 0.01, 5, 0.3)
+    reference_days: float = ranged("days before the live version from which the reference comes", 1, 3_650, 28.0)
+    window_days: float = ranged("days over which performance is measured", 0.01, 3_650, 14.0)
+    fresh_hours: float = ranged("hours without a decision after which the log is stale", 0.001, 8_760, 36.0)
+
+@dataclass(frozen=True)
+class AlertSettings(Record):
+    "Where alerts go."
+    to: str = explained("file, webhook or prefect; several with commas", default="file")
+    block: str = explained("name of the Prefect notification block, such as slack-webhook/team", default="")
+    repeat_hours: float = ranged("hours after which an alert that is still open is sent again", 0, 8_760, 24.0)
+
+@dataclass(frozen=True)
 class ScheduleSettings(Record):
     "When flows run, in cron syntax, UTC."
+    collect: str = explained("when decisions are collected and a snapshot is made", default="0 2 * * *")
     retrain: str = explained("when retraining is looked at", default="0 3 * * *")
+    rollout: str = explained("when a rollout takes its next step", default="0 4 * * *")
+    monitor: str = explained("when everything is watched", default="0 5 * * *")
+    score: str = explained("when tables are scored; empty is never", default="")
+    weekly: str = explained("when the summary of the week is written", default="0 6 * * 1")
+    lease_seconds: float = ranged("time after which a run without a sign of life counts as crashed", 1, 3_600, 60.0)
+    step_minutes: float = ranged("longest time of one notebook", 0.1, 10_000, 120.0)
+    memory_gib: float = ranged("memory of a kernel; 0 is no limit", 0, 10_000, 0.0)
 
-# %% ../../nbs/core/settings.ipynb #a893ea29
+# %% ../../nbs/core/settings.ipynb #9e6b99db
 @dataclass(frozen=True)
 class Settings(Record):
     "The settings of a workspace."
@@ -121,6 +178,11 @@ class Settings(Record):
     batch: BatchSettings = explained("how tables larger than memory are scored", default=BatchSettings())
     serve: ServeSettings = explained("how moments are scored", default=ServeSettings())
     experiment: ExperimentSettings = explained("how experiments are judged", default=ExperimentSettings())
+    retraining: RetrainingSettings = explained("when models are trained again", default=RetrainingSettings())
+    rollout: RolloutSettings = explained("how a new version reaches everybody", default=RolloutSettings())
+    online: OnlineSettings = explained("how a model learns between two trainings", default=OnlineSettings())
+    monitoring: MonitoringSettings = explained("what is watched", default=MonitoringSettings())
+    alerts: AlertSettings = explained("where alerts go", default=AlertSettings())
     schedules: ScheduleSettings = explained("when flows run", default=ScheduleSettings())
 
     @property

@@ -11,7 +11,8 @@ life by migrations (`store.migrations`), not from here."""
 # %% auto #0
 __all__ = ['KINDS', 'TERMS', 'DECISION_COLUMNS', 'OUTCOME_TYPES', 'OUTCOME_COLUMNS', 'EXPOSURE_COLUMNS', 'SCHEMA_VERSION',
            'decisions', 'outcomes', 'exposures', 'forgotten', 'forgotten_decisions', 'erasing', 'facts',
-           'current_outcomes', 'Column', 'by_name', 'attributed']
+           'current_outcomes', 'RUN_STATES', 'SEVERITIES', 'runs', 'run_steps', 'alerts', 'Column', 'by_name',
+           'attributed']
 
 # %% ../../nbs/store/schema.ipynb #59383f11
 import datetime as dt
@@ -116,8 +117,8 @@ EXPOSURE_COLUMNS: Mapping[str, Column] = by_name(
     Column("decision_id", "id", "decision at which that was"),
     Column("share", "number", "probability of that arm"))
 
-# %% ../../nbs/store/schema.ipynb #363e6b97
-SCHEMA_VERSION = "0002"  # the migration that makes these tables
+# %% ../../nbs/store/schema.ipynb #3a9ecdf2
+SCHEMA_VERSION = "0003"  # the migration that makes these tables
 
 _TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 _TYPES: dict[str, Any] = {"id": Identifier, "key": _TEXT, "name": _TEXT, "words": _TEXT, "time": Moment, "flag": sa.Boolean,
@@ -160,3 +161,21 @@ def attributed(
     corrected = sa.exists().where(correction.c.corrects == message.c.id, correction.c.decision_id == message.c.decision_id)
     ranked = sa.select(message, rank.label("rank")).where(~corrected).subquery("ranked")
     return sa.select(*(ranked.c[name] for name in OUTCOME_COLUMNS)).where(ranked.c.rank == 1)
+
+# %% ../../nbs/store/schema.ipynb #ae5afd3d
+RUN_STATES = ("running", "done", "failed", "crashed", "interrupted", "skipped")
+SEVERITIES = ("info", "warning", "critical")
+
+def _needed(*names: str, kind: Any = None) -> list[sa.Column]: return [sa.Column(name, kind or _TEXT, nullable=False) for name in names]
+
+def _maybe(*names: str, kind: Any = None) -> list[sa.Column]: return [sa.Column(name, kind or _TEXT) for name in names]
+
+runs = sa.Table("runs", metadata, sa.Column("key", _TEXT, primary_key=True), *_needed("kind", "period", "state", "owner"), *_needed("attempt", kind=sa.Integer),
+                *_needed("started_at", "heartbeat_at", "lease_until", kind=Moment), *_maybe("finished_at", kind=Moment), *_maybe("reason"), *_needed("result", kind=sa.JSON),
+                sa.CheckConstraint(sa.column("state").in_(RUN_STATES), name="state"))
+run_steps = sa.Table("run_steps", metadata, sa.Column("run_key", _TEXT, primary_key=True), sa.Column("name", _TEXT, primary_key=True), *_needed("digest"),
+                     *_needed("finished_at", kind=Moment), *_needed("record", kind=sa.JSON))
+alerts = sa.Table("alerts", metadata, sa.Column("number", sa.Integer, primary_key=True), *_needed("key", "severity", "title", "text"), *_maybe("report", "command", "subject"),
+                  *_needed("count", kind=sa.Integer), *_needed("first_at", "last_at", kind=Moment), *_maybe("sent_at", "closed_at", kind=Moment), *_needed("facts", kind=sa.JSON),
+                  sa.CheckConstraint(sa.column("severity").in_(SEVERITIES), name="severity"),
+                  sa.Index("uq_alerts_open", "key", unique=True, sqlite_where=sa.text("closed_at IS NULL"), postgresql_where=sa.text("closed_at IS NULL")))
