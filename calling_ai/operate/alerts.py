@@ -40,7 +40,7 @@ from ..store.migrations import ensure
 from ..store.schema import SEVERITIES
 from ..store.schema import alerts as table
 
-# %% ../../nbs/operate/alerts.ipynb #8be2780e
+# %% ../../nbs/operate/alerts.ipynb #a447723b
 @dataclass(frozen=True)
 class Alert(Record):
     "Something that needs a person."
@@ -64,7 +64,7 @@ class Alert(Record):
         "Return the fields as a dictionary, times as text."
         return {name: value.isoformat(timespec="seconds") if isinstance(value, dt.datetime) else value for name, value in super().to_dict().items()}
 
-def _record(row: Mapping[str, Any]) -> Alert:
+def _record(row: Any) -> Alert:
     facts = dict(row["facts"])
     sending = facts.pop("sending", {})
     return Alert(**{name: row[name] for name in (column.name for column in table.c) if name != "facts"}, facts=facts, failures={name: item["failures"] for name, item in sending.items() if item.get("failures")})
@@ -171,12 +171,12 @@ def senders(
         if name not in SENDERS: raise SettingsError(f"[alerts] to is {workspace.alerts.to!r}: it must name {', '.join(SENDERS)}")
     return names or ["file"]
 
-# %% ../../nbs/operate/alerts.ipynb #e9efda07
+# %% ../../nbs/operate/alerts.ipynb #acd723e0
 CLAIM = dt.timedelta(seconds=120)  # time in which a claimed alert must have been sent
 KEPT = dt.timedelta(days=7)        # time in which the end of an alert is still worth telling
 
 def event_of(
-    row: Mapping[str, Any],    # of the table
+    row: Any,                  # of the table, by name
     state: Mapping[str, Any],  # what a sender was told last
     now: dt.datetime,
     repeat_hours: float,       # from the settings
@@ -226,7 +226,7 @@ def send_due(
     answers, done = _send(workspace, work), 0
     with writing(db, alone="alerts") as connection:
         for number in dict.fromkeys(alert.number for alert, _, _ in work):
-            facts = dict(connection.scalar(sa.select(table.c.facts).where(table.c.number == number)))
+            facts: dict[str, Any] = dict(connection.scalars(sa.select(table.c.facts).where(table.c.number == number)).one())
             sending = facts["sending"] = dict(facts.get("sending", {}))
             for (alert, name, event), why in zip(work, answers, strict=True):
                 if alert.number != number: continue
