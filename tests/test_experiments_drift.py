@@ -1,6 +1,6 @@
 """Drift: false alarms stay within the stated budget over unlimited looks, and a shift that matters is found in days.
 
-The full sizes are marked long. Every figure is printed with its bound; with 0 events in n trials the upper bound is 3/n.
+The full sizes are marked long. Each figure is printed with its bound; after 0 in n the upper bound is 3/n.
 """
 
 import datetime as dt
