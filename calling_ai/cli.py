@@ -10,7 +10,7 @@ wrong usage, 3 when a gate refused and 130 after Ctrl-C. An error is one line; t
 __all__ = ['app', 'Json', 'Moment', 'database_app', 'experiment_app', 'alerts_app', 'ModelName', 'Kind', 'run', 'train', 'tune',
            'score', 'generate', 'versions', 'doctor', 'snapshot', 'quality', 'baseline', 'forget', 'upgrade_database',
            'downgrade_database', 'show_database', 'backup_database', 'drain_database', 'analyse_experiment',
-           'design_experiment', 'simulate_experiment', 'alerts', 'close_alert', 'verify', 'main']
+           'design_experiment', 'simulate_experiment', 'alerts', 'close_alert', 'verify', 'main', 'monitor']
 
 # %% ../nbs/cli.ipynb #edc48999
 import contextlib
@@ -527,3 +527,23 @@ def main(
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
         return fail(f"{shown()}{hint}", getattr(error, "exit_code", 2))
+
+# %% ../nbs/cli.ipynb #63cf57ad
+@app.command()
+def monitor(
+    as_of: Annotated[datetime | None, typer.Option("--as-of", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="What was known then, UTC.", show_default="now")] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Draw the report.")] = True,
+    as_json: Json = False,
+) -> None:
+    "Watch performance, drift, quality and freshness; open and close alerts."
+    from calling_ai.operate.monitoring import monitor as watch
+    from calling_ai.operate.monitoring import read_monitored, told_in_words
+    workspace = settings()
+    watch(workspace, _utc(as_of), report)
+    found = read_monitored(workspace) or {}
+    if as_json: return _print_json(found)
+    console = _console()
+    for line in told_in_words(found): console.print(line, soft_wrap=True)
+    rows = [[item["key"], item["severity"], item["title"], item["command"]] for item in found["findings"]]
+    console.print(_table("What needs a person", ["alert", "severity", "what", "next"], rows, fold=False) if rows else "nothing needs a person", soft_wrap=True)
+    if report: console.print(f"report: {workspace.store.reports}/monitor/index.html", soft_wrap=True)

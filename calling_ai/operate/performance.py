@@ -13,9 +13,8 @@ __all__ = ['FEWEST', 'FRESH', 'POINTS', 'GAP', 'GROUP_GAP', 'GROUPS', 'ENOUGH', 
            'delay_curve', 'delays_of', 'label_weights', 'Calibration', 'calibration_of', 'foresee', 'Group',
            'measure_group', 'measure_groups']
 
-# %% ../../nbs/operate/performance.ipynb #c782ee78
+# %% ../../nbs/operate/performance.ipynb #e09fd5fa
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -181,7 +180,7 @@ def foresee(
     reach = math.hypot(stated.upper - stated.value, calibration.gap.upper - calibration.gap.value)
     return Estimate(stated.value, max(0.0, stated.value - reach), min(1.0, stated.value + reach), confidence)
 
-# %% ../../nbs/operate/performance.ipynb #c42b0803
+# %% ../../nbs/operate/performance.ipynb #9284156b
 @dataclass(frozen=True)
 class Group(Record):
     "How a group of decisions does."
@@ -223,7 +222,7 @@ def measure_group(
 
 def measure_groups(
     frame: pd.DataFrame,
-    by: Sequence[Any],         # the group of each row; missing ones are left out
+    by: Any,                   # the group of each row; missing ones are left out
     delays: Delays,
     calibration: Calibration,
     confidence: float = 0.95,
