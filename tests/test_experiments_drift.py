@@ -169,7 +169,7 @@ def test_ninety_days_of_45_features_and_no_false_alarm() -> None:
 
 
 def test_a_shift_that_matters_is_found_within_three_days() -> None:
-    found = [delay(World(seed), 0, seed) for seed in range(8)]
+    found = [delay(World(seed), 0, seed) for seed in range(5)]
     found += [delay(World(seed, correlation=0.5), 10, seed) for seed in range(2)]
     days = [item[0] for item in found]
     print(f"days until a shift of 0.3 standard deviations is named, 500 rows a day: {days}")
@@ -177,7 +177,7 @@ def test_a_shift_that_matters_is_found_within_three_days() -> None:
 
 
 def test_after_a_quiet_year_a_shift_is_found_as_quickly() -> None:
-    world = World(5, rows=500, features=3)
+    world = World(5, rows=300, features=3)
     watch = watching(world, alarms=0.05 / 15)  # a fifteenth of the features has a fifteenth of the budget
     for number in range(28, 393):
         watch.look(day(number), world.rows_of())
@@ -189,8 +189,8 @@ def test_after_a_quiet_year_a_shift_is_found_as_quickly() -> None:
 
 
 def test_the_budget_is_kept_where_it_is_large_enough_to_be_seen() -> None:
-    """With a budget of one half, 80 watches give at most 40 alarms in expectation."""
-    trials, level = 80, budget_of(1.0)
+    """With a budget of one half, 50 watches give at most 25 alarms in expectation."""
+    trials, level = 50, budget_of(1.0)
     alarms = sum(
         len(quiet(World(seed, rows=12, features=8), 30, seed, alarms=1.0, stratum="none")) for seed in range(trials)
     )
@@ -219,12 +219,18 @@ def test_b29_a_year_without_drift_at_full_size() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("correlation", [0.0, 0.5])
 def test_b29_delay_at_full_size(correlation: float) -> None:
-    found = [delay(World(seed, correlation=correlation), before, seed) for before in (0, 30, 87) for seed in range(40)]
+    found = [
+        delay(World(1_000 * before + seed, correlation=correlation), before, seed)
+        for before in (0, 30, 87)
+        for seed in range(40)
+    ]
     days = np.array([item[0] for item in found])
     missed = int((days > 3).sum())
     least = 1 - upper(missed, len(days))
     print(f"found within 3 days: {1 - missed / len(days):.3f}, at least {least:.3f}; {days.mean():.2f} days")
-    assert least >= 0.9 and sum(len(item[1]) for item in found) <= 1
+    others, bound = sum(len(item[1]) for item in found), len(found) * budget_of(0.05)
+    print(f"others named: {others}, expected at most {bound:.1f}")
+    assert least >= 0.9 and others <= 2 * bound
 
 
 # ------------------------------------------------------------------------------------------- what days have in common
@@ -237,7 +243,7 @@ def test_days_with_a_mood_of_their_own_are_tempered() -> None:
         return np.clip(random.beta(4, 2, (300, 5)) + 0.04 * random.standard_normal(5), 0, 1)
 
     named = {True: 0, False: 0}
-    for seed in range(3):
+    for seed in range(2):
         for tempered in named:
             watch = Drift(NAMES[:5], seed=seed).begin({day(number): moody(number) for number in range(28)})
             assert watch.temper.min() > 2
@@ -246,10 +252,10 @@ def test_days_with_a_mood_of_their_own_are_tempered() -> None:
             for number in range(28, 88):
                 watch.look(day(number), moody(number))
             named[tempered] += len(watch.named)
-    print(f"means jump by 0.22 standard deviations a day: {named[True]} of 15 named, {named[False]} untempered")
-    assert named[True] <= 2 and named[False] >= 12  # a guard, not a guarantee: days are not exchangeable here
-    cells, noise = cells_of(random.random((2_800, 4))), random.random((2_800, 4))
-    assert tempering(cells, np.arange(2_800) // 100, np.zeros(2_800, int), noise).max() < 2
+    print(f"means jump by 0.22 standard deviations a day: {named[True]} of 10 named, {named[False]} untempered")
+    assert named[True] <= 2 and named[False] >= 8  # a guard, not a guarantee: days are not exchangeable here
+    cells, noise = cells_of(random.random((2_800, 30))), random.random((2_800, 30))
+    assert 1 <= tempering(cells, np.arange(2_800) // 100, np.zeros(2_800, int), noise).mean() < 1.25
 
 
 def test_weekends_are_no_drift_and_pooling_them_would_be() -> None:

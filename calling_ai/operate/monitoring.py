@@ -348,7 +348,7 @@ def measure_log(
                      measure_groups(shown[shown["group"].notna()], shown["group"].dropna().to_numpy(), delays, calibration, confidence), delays, calibration,
                      change_since(frame, weights, live, workspace.experiment.harm), watch, features, scores[0], scores[1], quality)
 
-# %% ../../nbs/operate/monitoring.ipynb #35662cc0
+# %% ../../nbs/operate/monitoring.ipynb #e1b41d91
 @dataclass(frozen=True)
 class Finding(Record):
     "Something that needs a person."
@@ -404,9 +404,10 @@ def findings(
     for key, name, margin, title in (("fallback", "fallback", rollout.fallback_margin, "Too many decisions fall back"), ("errors", "errors", rollout.error_margin, "Models fail")):
         beyond = _beyond(newest, measured.before, margin, name) or _beyond(measured.overall, measured.before, margin, name)
         if beyond: found.append(Finding(key, "critical" if getattr(newest, name).value > 0.5 else "warning", title, beyond, "calling-ai doctor", measured.live.label))
-    now, old = newest.latency.get("p99"), measured.before.latency.get("p99") if measured.before else None
-    if now and old and newest.decisions >= 1_000 and now > (1 + rollout.latency_margin) * old:
-        found.append(Finding("latency", "warning", "Scoring has become slow", f"p99 {now:,.0f} microseconds on {newest.name}, {old:,.0f} in the reference", "calling-ai doctor", measured.live.label, {"p99": now}))
+    timed = newest if newest.decisions >= 1_000 else measured.overall
+    now, old = timed.latency.get("p99"), measured.before.latency.get("p99") if measured.before else None
+    if now and old and timed.decisions >= 1_000 and now > (1 + rollout.latency_margin) * old:
+        found.append(Finding("latency", "warning", "Scoring has become slow", f"p99 {now:,.0f} microseconds ({timed.name}), {old:,.0f} in the reference", "calling-ai doctor", measured.live.label, {"p99": now}))
     for check in measured.quality:
         if check.status == "fail" and check.name not in ("rows", "freshness"): found.append(Finding(f"quality:{check.name}", "warning", f"The log fails the check of {check.name}", check.text, "calling-ai quality"))
     return sorted(found, key=lambda item: ("critical", "warning", "info").index(item.severity))
