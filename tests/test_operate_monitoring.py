@@ -412,3 +412,24 @@ def test_a_report_that_cannot_be_drawn_does_not_keep_alerts_back(tmp_path: Path)
     assert {"stale", "report:monitor"} <= keys
     with pytest.raises(Exception, match="monitor.ipynb"):
         write_report(workspace, workspace.var / "monitoring" / "latest.json")
+
+
+def test_postgresql_says_the_same(tmp_path: Path, postgresql_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CALLING_AI_USER_SECRET", "the same for both databases")
+    records, alerts = [], []
+    for name, url in (("one", ""), ("other", postgresql_url)):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv("CALLING_AI_STORE__URL", url)
+        workspace = settings(tmp_path / name)
+        end = example_log(workspace, people=80, weeks=6)
+        for moment in (end, end + dt.timedelta(days=3), end):
+            monitor(workspace, moment, report=False)
+        records.append(read_monitored(workspace))
+        alerts.append(sorted((item.key, item.severity, item.count) for item in open_alerts(workspace, True)))
+    assert alerts[0] == alerts[1] and len(alerts[0]) >= 2
+    one, other = records
+    assert one is not None and other is not None and one["watch"] == other["watch"]
+    assert [item["key"] for item in one["findings"]] == [item["key"] for item in other["findings"]]
+    for first, second in zip(one["days"], other["days"], strict=True):
+        assert first["outcomes"] == second["outcomes"]
+        np.testing.assert_allclose(first["call_rate"]["value"], second["call_rate"]["value"], rtol=1e-12)
