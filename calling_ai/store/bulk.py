@@ -118,7 +118,7 @@ def check_same(
         there = kept[tuple(given[name] for name in key)]
         if there != given: raise conflict(table.name, key, there, given, held.position(row))
 
-# %% ../../nbs/store/bulk.ipynb #d1caf7af
+# %% ../../nbs/store/bulk.ipynb #6354faca
 SMALL = 50  # rows below which COPY does not pay
 
 def _insert_sqlite(connection: Connection, table: sa.Table, held: Batch, key: Sequence[str], times: Sequence[str]) -> int:
@@ -129,9 +129,25 @@ def _insert_sqlite(connection: Connection, table: sa.Table, held: Batch, key: Se
     cursor.executemany(statement, tuples(held, names, times))
     return cursor.rowcount
 
+_SPECIAL = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
+
+def _copy_cells(held: Batch, name: str, rows: slice, moment: bool) -> list[str]:
+    "Return some rows of a column as COPY reads them."
+    column = held.columns[name]
+    if moment: return time_texts(column[rows])
+    kind = getattr(getattr(column, "dtype", None), "kind", "")
+    values = held.cells(name, rows)
+    if kind == "f": return [repr(value) if value == value else "\\N" for value in values]
+    if kind: return ["t" if value else "f" for value in values] if kind == "b" else list(map(str, values))
+    plain = "".join(value for value in values if value is not None)
+    if plain.translate(_SPECIAL) != plain: return ["\\N" if value is None else value.translate(_SPECIAL) for value in values]
+    return ["\\N" if value is None else value for value in values]
+
 def _copy(cursor: Any, target: str, held: Batch, names: Sequence[str], times: Sequence[str]) -> None:
     with cursor.copy(f"COPY {target} ({', '.join(names)}) FROM STDIN") as copy:
-        for row in tuples(held, names, times, filled=True): copy.write_row(row)
+        for start in range(0, held.rows, BLOCK):
+            rows = slice(start, start + BLOCK)
+            copy.write("\n".join(map("\t".join, zip(*(_copy_cells(held, name, rows, name in times) for name in names)))) + "\n")
 
 def _insert_postgresql(connection: Connection, table: sa.Table, held: Batch, key: Sequence[str], times: Sequence[str]) -> int:
     import psycopg

@@ -177,7 +177,7 @@ class LogCounts(Record):
     impossible: int = explained("messages that say they happened before their decision; they count for nothing")
     forgotten: int = explained("people who asked to be forgotten")
 
-# %% ../../nbs/store/decisions.ipynb #c3760226
+# %% ../../nbs/store/decisions.ipynb #2ad918f2
 _DECISION_CONTENT = [name for name in DECISION_COLUMNS if name != "recorded_at"]
 _OUTCOME_CONTENT = [name for name in OUTCOME_COLUMNS if name != "received_at"]
 
@@ -227,11 +227,12 @@ def check_outcomes_follow(
         message: Any = outcomes.c.decision_id
         early = sa.and_(new, outcomes.c.happened_at < decisions.c.decided_at, happened < decided - skew)  # texts are compared before numbers are made
     else:
-        given = sa.func.unnest(sa.bindparam("ids", type_=postgresql.ARRAY(Identifier)), sa.bindparam("times", type_=postgresql.ARRAY(sa.BigInteger)))
+        ids, times = (sa.cast(sa.bindparam(name, type_=sa.Text), postgresql.ARRAY(kind)) for name, kind in (("ids", postgresql.UUID(as_uuid=False)), ("times", sa.BigInteger)))
+        given = sa.func.unnest(ids, times)  # as one text each: a hundred thousand parameters would take longer than the rows themselves
         rows = given.table_valued(sa.column("decision_id", Identifier), sa.column("happened", sa.BigInteger)).render_derived()
         source, message, happened, new = rows.outerjoin(decisions, decisions.c.id == rows.c.decision_id), rows.c.decision_id, rows.c.happened, sa.true()
         early = happened < decided - skew
-    arrays = {} if connection.dialect.name == "sqlite" else {"ids": held.columns["decision_id"], "times": held.columns["happened_at"].tolist()}
+    arrays = {} if connection.dialect.name == "sqlite" else {"ids": f"{{{','.join(held.columns['decision_id'])}}}", "times": f"{{{','.join(map(str, held.columns['happened_at'].tolist()))}}}"}
     def row_of(identifier: str, moment: int | None = None) -> int:
         same = [row for row, item in enumerate(held.columns["decision_id"]) if item == identifier and (moment is None or held.columns["happened_at"][row] == moment)]
         return held.position(same[0])
