@@ -348,7 +348,7 @@ def test_arms_versions_and_the_formula_have_names(tmp_path: Path) -> None:
     )
     measured = measure_log(workspace, END, keep=False)
     assert [item.name for item in measured.arms] == ["weights: challenger", "weights: control"]
-    assert [item.name for item in measured.versions] == ["v1.0-x"] and measured.live.number == 1
+    assert [item.name for item in measured.versions] == ["v1.0-x"] and measured.live.number == 2
     assert len(measured.days) in (14, 15) and all(item.people >= 20 for item in measured.days)
 
 

@@ -84,7 +84,7 @@ def example_log(
     book.record_outcomes(messages.drop(columns=["outcome_id", "record_id", "user_id"]))
     return end
 
-# %% ../../nbs/operate/monitoring.ipynb #a3be106d
+# %% ../../nbs/operate/monitoring.ipynb #60a5a399
 def label_of(
     calling_score: Any,  # version of the calling-score model, or nothing
     outcome: Any,        # version of the outcome model, or nothing
@@ -98,7 +98,7 @@ class Live(Record):
     label: str = explained("version, or formula")
     since: dt.datetime = explained("when it first decided")
     reference: tuple[dt.datetime, dt.datetime] = explained("first moment of the reference, and its end")
-    number: int = explained("number of the reference, from 1: every version brings one")
+    number: int = explained("number of the reference, from 1: every version brings one, the formula too")
     first: dt.datetime = explained("first decision of the log")
     last: dt.datetime = explained("newest decision of the log")
 
@@ -128,8 +128,8 @@ def live_of(
     since, days = known[label][0], dt.timedelta(days=workspace.monitoring.reference_days)
     begins, ends = max(_midnight(first), _midnight(since) - days), _midnight(since)
     if ends - begins < dt.timedelta(days=SHORTEST): begins, ends = _midnight(first), _midnight(first) + days
-    order = sorted((name for name in known if name != "formula"), key=lambda name: known[name][0])
-    return Live(label, since, (begins, ends), order.index(label) + 1 if label in order else 1, first, last)
+    order = sorted(known, key=lambda name: known[name][0])
+    return Live(label, since, (begins, ends), order.index(label) + 1, first, last)
 
 # %% ../../nbs/operate/monitoring.ipynb #4b4edfce
 _READ = ("user_key", "decided_at", "called", "calling_score", "formula_score", "outcome_probability", "calling_score_version", "outcome_version", "experiment", "arm", "reason", "latency_us")
