@@ -23,7 +23,7 @@ run: $(STAMP)    ## Run the main job: people, town, training, evaluation, versio
 	@$(BIN)/calling-ai run
 
 test: $(STAMP)   ## Run every test
-	@CI_SHARED="$(abspath ../shared)" $(BIN)/python -m pytest
+	@CI_SHARED="$(abspath ../shared)" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 faults: $(STAMP) ## Run the long fault and simulation harnesses at full size
 	@CI_SHARED="$(abspath ../shared)" $(BIN)/python -m pytest -m long -s
