@@ -42,6 +42,13 @@ from calling_ai.operate.performance import (
 from calling_ai.store.decisions import DecisionLog, example_decisions, example_outcomes
 
 START = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
+SECRET = "the pseudonyms decide which row of a user counts"
+
+
+@pytest.fixture(autouse=True)
+def _secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every test the same pseudonyms."""
+    monkeypatch.setenv("CALLING_AI_USER_SECRET", SECRET)
 
 
 def calls(seed: int, rows: int = 8_000, people: int = 500, days: float = 28, wrong: float = 0.0) -> pd.DataFrame:
@@ -191,8 +198,10 @@ def test_too_little_is_not_enough() -> None:
 @pytest.fixture(scope="module")
 def town(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, dt.datetime]:
     """Return a workspace with the log of a small town, and the end of the log."""
-    workspace = settings(tmp_path_factory.mktemp("town"))
-    return workspace, example_log(workspace)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CALLING_AI_USER_SECRET", SECRET)
+        workspace = settings(tmp_path_factory.mktemp("town"))
+        return workspace, example_log(workspace)
 
 
 def test_the_faulty_feature_is_named_first(town: tuple[Settings, dt.datetime]) -> None:
@@ -259,7 +268,7 @@ def test_alerts_open_once_and_close_by_themselves(town: tuple[Settings, dt.datet
     drift = next(item for item in open_alerts(workspace) if item.key == "drift:context_user_receptivity")
     assert drift.count == 3 and drift.facts["call_effect"] > 0.01
     record = read_monitored(workspace)
-    assert record is not None and record["closed"] == ["stale"] and record["as_of"] == end.isoformat(timespec="seconds")
+    assert record is not None and "stale" in record["closed"] and record["as_of"] == end.isoformat(timespec="seconds")
     lines = [json.loads(line) for line in (workspace.var / "alerts.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines if line["alert"]["key"] == "stale"] == ["opened", "closed"]
 
@@ -329,7 +338,7 @@ def test_fallbacks_errors_and_latency_are_told(tmp_path: Path) -> None:
     broken = written(
         tmp_path,
         days=42,
-        rows=30_000,
+        rows=18_000,
         reason=lambda frame: np.where(random.random(len(frame)) < 0.06, "outcome model gave no usable number", None),
         latency_us=lambda frame: frame["latency_us"] * 3,
     )
@@ -387,7 +396,7 @@ def test_the_change_needs_people_on_both_sides(town: tuple[Settings, dt.datetime
 
 def test_the_command_writes_record_report_and_alerts(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", "--no-report"]) == 1 and "nothing to monitor" in capsys.readouterr().err
-    end = example_log(settings(workspace), people=120)
+    end = example_log(settings(workspace), people=90, weeks=6)
     moment = f"{end:%Y-%m-%dT%H:%M:%S}"
     assert main(["monitor", "--as-of", moment]) == 0
     text = capsys.readouterr().out
@@ -415,7 +424,6 @@ def test_a_report_that_cannot_be_drawn_does_not_keep_alerts_back(tmp_path: Path)
 
 
 def test_postgresql_says_the_same(tmp_path: Path, postgresql_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CALLING_AI_USER_SECRET", "the same for both databases")
     records, alerts = [], []
     for name, url in (("one", ""), ("other", postgresql_url)):
         (tmp_path / name).mkdir()

@@ -15,7 +15,7 @@ __all__ = ['SHORTEST', 'QUIET', 'FAILED', 'GRACE', 'WATCHED', 'SCORES', 'EPOCH',
            'plot_calibration', 'plot_drift', 'plot_service', 'told_in_words', 'rows_of_findings', 'rows_of_groups',
            'rows_of_drift', 'example_record', 'json_of', 'read_monitored', 'write_report', 'monitor']
 
-# %% ../../nbs/operate/monitoring.ipynb #092b8e52
+# %% ../../nbs/operate/monitoring.ipynb #7de3930a
 import contextlib
 import datetime as dt
 import json
@@ -37,7 +37,7 @@ from ..core.plots import COLOURS
 from ..core.records import Estimate, Record, explained
 from ..core.settings import Settings
 from ..experiments.anytime import confidence_sequence
-from ..experiments.drift import Drift, Drifted, Score, effects, ranking
+from ..experiments.drift import SIZES, TAILS, Drift, Drifted, Score, effects, ranking
 from ..models.evaluation import FEWEST_PEOPLE
 from .alerts import close, open_alerts, tell
 from .notebooks import run_notebook
@@ -157,7 +157,7 @@ def read_frame(
     return pd.DataFrame(found).assign(age=(now - found["decided_at"]) / day, delay=delay, positive=np.where(told, score >= POSITIVE, np.nan), version=[names[pair] for pair in version],
                                       day=np.datetime_as_string(found["decided_at"].astype("datetime64[us]"), unit="D"), group=pd.Series(group, dtype=object), fallback=fell[:, 0], error=fell[:, 1])
 
-# %% ../../nbs/operate/monitoring.ipynb #f3b6be46
+# %% ../../nbs/operate/monitoring.ipynb #d98435b0
 GRACE = dt.timedelta(hours=3)  # after the end of a day in which its decisions may still reach the log
 WATCHED = (*FEATURE_NAMES, "formula_score")  # held against the days before the version
 SCORES = ("network_score", "outcome_probability", "calling_score")  # held against the first days of the version itself
@@ -217,7 +217,7 @@ def watch_drift(
     "Look at every day that is over, in order; continue where a kept state of the same watch ends."
     until = _midnight(as_of - GRACE)
     watch = Drift(names, alarms, workspace.monitoring.shift, number)
-    identity = {"names": list(names), "reference": [moment.isoformat() for moment in reference], "alarms": alarms, "shift": workspace.monitoring.shift, "number": number, "label": label}
+    identity = {"names": list(names), "reference": [moment.isoformat() for moment in reference], "alarms": alarms, "shift": workspace.monitoring.shift, "number": number, "label": label, "bets": [*SIZES, *TAILS]}
     path = workspace.var / "monitoring" / f"drift-{keep}.json"
     begins = reference[1]
     if keep and path.is_file():
