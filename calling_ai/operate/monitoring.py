@@ -348,7 +348,7 @@ def measure_log(
                      measure_groups(shown[shown["group"].notna()], shown["group"].dropna().to_numpy(), delays, calibration, confidence), delays, calibration,
                      change_since(frame, weights, live, workspace.experiment.harm), watch, features, scores[0], scores[1], quality)
 
-# %% ../../nbs/operate/monitoring.ipynb #e1b41d91
+# %% ../../nbs/operate/monitoring.ipynb #1e5b4fd0
 @dataclass(frozen=True)
 class Finding(Record):
     "Something that needs a person."
@@ -369,7 +369,7 @@ def _drift_findings(items: Sequence[Drifted], watch: Watch | None) -> list[Findi
     for item in items:
         if item.named is None: continue
         matters = abs(item.score_effect) >= SCORE_MATTERS or abs(item.call_effect) >= CALLS_MATTER or item.name not in FEATURE_NAMES
-        text = (f"mean {item.now:.3f}, was {item.before:.3f} ({item.shift:+.2f} standard deviations), missing {item.missing_now:.1%}, was {item.missing_before:.1%}; this moves the mean score by "
+        text = (f"mean {item.now:.3f}, was {item.before:.3f} ({item.shift:+.2f} standard deviations), spread x{item.spread:.2f}, missing {item.missing_now:.1%}, was {item.missing_before:.1%}; this moves the mean score by "
                 f"{item.score_effect:+.4f} and the share of calls by {item.call_effect:+.2%}; named on {item.named}, expected false alarms at most {watch.budget:.3g} for this reference")
         found.append(Finding(f"drift:{item.name}", "warning" if matters else "info", f"{item.name.replace('_', ' ').capitalize()} drifts", text, "calling-ai retrain", item.name,
                              {"shift": item.shift, "score_effect": item.score_effect, "call_effect": item.call_effect, "log_evalue": item.log_evalue}))
@@ -412,7 +412,7 @@ def findings(
         if check.status == "fail" and check.name not in ("rows", "freshness"): found.append(Finding(f"quality:{check.name}", "warning", f"The log fails the check of {check.name}", check.text, "calling-ai quality"))
     return sorted(found, key=lambda item: ("critical", "warning", "info").index(item.severity))
 
-# %% ../../nbs/operate/monitoring.ipynb #983ea06f
+# %% ../../nbs/operate/monitoring.ipynb #9a750918
 def _ends(items: Sequence[Mapping[str, Any] | None]) -> tuple[list[float], list[list[float]]]:
     values = [item["value"] if item else math.nan for item in items]
     return values, [[max(0.0, value - item["lower"]) if item else math.nan for value, item in zip(values, items)], [max(0.0, item["upper"] - value) if item else math.nan for value, item in zip(values, items)]]
@@ -472,6 +472,7 @@ def plot_drift(
     ax.barh(range(len(items)), [item["shift"] or 0.0 for item in items], color=[COLOURS["formula"] if item["named"] else COLOURS["light"] for item in items], height=0.62)
     for row, item in enumerate(items):
         text = f"calls {100 * item['call_effect']:+.2f} pp, scores {item['score_effect']:+.4f}" if item["name"] in FEATURE_NAMES else ""
+        if item["spread"] is not None and abs(item["spread"] - 1) > 0.1: text += f", spread x{item['spread']:.2f}"
         ax.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
     ax.axvline(0, color=COLOURS["ink"], linewidth=0.8)
     ax.set_yticks(range(len(items)), [item["name"].replace("_", " ") for item in items], fontsize=9)
