@@ -14,6 +14,7 @@ from scipy import stats
 
 from calling_ai.cli import main
 from calling_ai.core.errors import InputError, NotFoundError
+from calling_ai.core.plots import figure
 from calling_ai.core.settings import AlertSettings, MonitoringSettings, Settings, settings
 from calling_ai.operate.alerts import open_alerts
 from calling_ai.operate.monitoring import (
@@ -22,11 +23,21 @@ from calling_ai.operate.monitoring import (
     daily_rows,
     example_log,
     findings,
+    json_of,
     live_of,
     measure_log,
     monitor,
+    plot_calibration,
+    plot_days,
+    plot_drift,
+    plot_groups,
+    plot_service,
     read_frame,
     read_monitored,
+    rows_of_drift,
+    rows_of_findings,
+    rows_of_groups,
+    told_in_words,
     watch_drift,
     write_report,
 )
@@ -379,6 +390,27 @@ def test_few_people_are_never_shown(tmp_path: Path) -> None:
         measured.days == () == measured.versions and measured.overall.positive_rate is None and measured.before is None
     )
     assert measured.change is None and not measured.calibration.holds
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_log_of_three_days_can_be_drawn_and_told(tmp_path: Path) -> None:
+    workspace = settings(tmp_path)
+    frame = example_decisions(600, 100, start=START, days=3)
+    book = DecisionLog.open(workspace)
+    book.record_frame(frame)
+    book.record_outcomes(example_outcomes(frame))
+    measured = measure_log(workspace, START + dt.timedelta(days=12), keep=False)
+    record = measured.to_dict() | {"findings": json_of(findings(measured, workspace))}
+    fig, axes = figure(columns=2)
+    for draw in (plot_days, plot_groups, plot_calibration, plot_drift):
+        draw(axes[0], record)
+        axes[0].clear()
+    plot_service(axes, record)
+    fig.canvas.draw()
+    text = "\n".join(told_in_words(record))
+    assert measured.features == () and "nothing was looked at yet" in text and "formula, live since" in text
+    assert [row[0] for row in rows_of_findings(record)] == ["The log is stale"]
+    assert rows_of_drift(record) == [] and rows_of_groups(record)[0][0] == "all"
 
 
 def test_the_change_needs_people_on_both_sides(town: tuple[Settings, dt.datetime]) -> None:

@@ -412,7 +412,7 @@ def findings(
         if check.status == "fail" and check.name not in ("rows", "freshness"): found.append(Finding(f"quality:{check.name}", "warning", f"The log fails the check of {check.name}", check.text, "calling-ai quality"))
     return sorted(found, key=lambda item: ("critical", "warning", "info").index(item.severity))
 
-# %% ../../nbs/operate/monitoring.ipynb #9a750918
+# %% ../../nbs/operate/monitoring.ipynb #8e24c7df
 def _ends(items: Sequence[Mapping[str, Any] | None]) -> tuple[list[float], list[list[float]]]:
     values = [item["value"] if item else math.nan for item in items]
     return values, [[max(0.0, value - item["lower"]) if item else math.nan for value, item in zip(values, items)], [max(0.0, item["upper"] - value) if item else math.nan for value, item in zip(values, items)]]
@@ -476,7 +476,7 @@ def plot_drift(
         ax.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
     ax.axvline(0, color=COLOURS["ink"], linewidth=0.8)
     ax.set_yticks(range(len(items)), [item["name"].replace("_", " ") for item in items], fontsize=9)
-    ax.set_ylim(len(items) - 0.5, -0.5)
+    ax.set_ylim(max(len(items), 1) - 0.5, -0.5)
     ax.set_xlabel("shift of the mean, standard deviations of the reference; orange: named as drifting")
     ax.grid(axis="y", visible=False)
 
@@ -499,7 +499,7 @@ def plot_service(
         ax.set_ylim(0, ax.get_ylim()[1] * 1.25)
         ax.legend(fontsize=8.5, loc="upper right", ncols=3)
 
-# %% ../../nbs/operate/monitoring.ipynb #3b4d80b3
+# %% ../../nbs/operate/monitoring.ipynb #68320b5a
 def _estimate(item: Mapping[str, Any] | None) -> str:
     if not item or item["value"] is None: return "–"
     return str(Estimate(*(math.nan if item[name] is None else item[name] for name in ("value", "lower", "upper"))))
@@ -513,7 +513,8 @@ def told_in_words(
              f"positive outcomes of calls: {_estimate(group['positive_rate'])}, foreseen {_estimate(group['foreseen'])}",
              f"{group['outcomes']:,} outcomes have come, {group['provisional']:,} of them may still be corrected, about {group['outstanding']:,.0f} are to come",
              f"calibration: {record['calibration']['why']}",
-             f"drift after {watch['days']} days: {', '.join(item['name'] for item in record['features'] if item['named']) or 'none'} (expected false alarms at most {watch['budget']:.3g})",
+             f"drift after {watch['days']} days: {', '.join(item['name'] for item in record['features'] if item['named']) or 'none'} (expected false alarms at most {watch['budget']:.3g})" if watch["days"]
+             else f"drift: the reference lasts until {watch['reference'][1]}, nothing was looked at yet",
              f"newest decision {record['hours_silent']:.1f} hours old"]
     if record["change"]: lines.insert(2, f"since it is live {_estimate(record['change']['after'])}, before {_estimate(record['change']['before'])}; the difference is below {record['change']['upper']:+.3f}, for all days together")
     return lines
