@@ -8,9 +8,10 @@ wrong usage, 3 when a gate refused and 130 after Ctrl-C. An error is one line; t
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Moment', 'database_app', 'experiment_app', 'alerts_app', 'ModelName', 'Kind', 'run', 'train', 'tune',
-           'score', 'generate', 'versions', 'doctor', 'snapshot', 'quality', 'baseline', 'forget', 'upgrade_database',
-           'downgrade_database', 'show_database', 'backup_database', 'drain_database', 'analyse_experiment',
-           'design_experiment', 'simulate_experiment', 'alerts', 'close_alert', 'verify', 'main', 'monitor']
+           'score', 'generate', 'versions', 'doctor', 'snapshot', 'quality', 'baseline', 'report', 'forget',
+           'upgrade_database', 'downgrade_database', 'show_database', 'backup_database', 'drain_database',
+           'analyse_experiment', 'design_experiment', 'simulate_experiment', 'alerts', 'close_alert', 'verify', 'main',
+           'monitor']
 
 # %% ../nbs/cli.ipynb #edc48999
 import contextlib
@@ -286,6 +287,26 @@ def baseline(
     console.print(_table(None, ["formula", "as it is", "weighted, about everybody"], rows_of_figures(measured), fold=False))
     console.print(_table(None, ["success means", "today", "target", "people needed"], rows_of_targets(measured), fold=False))
     console.print(f"enough data: {'yes' if measured.sufficiency.enough else 'no'}; {measured.sufficiency.text}", soft_wrap=True)
+
+# %% ../nbs/cli.ipynb #c37da7cd
+@app.command()
+def report(
+    week: Annotated[bool, typer.Option("--weekly", help="Sum up the last seven days too.")] = False,
+    as_of: Annotated[datetime | None, typer.Option("--as-of", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], show_default="now", help="As it was known then, UTC.")] = None,
+    as_json: Json = False,
+) -> None:
+    "Write the page about the state of the system."
+    from calling_ai.operate.overview import gather, home, verdict_of, weekly
+    workspace, moment = settings(), _utc(as_of)
+    if week: summed = weekly(workspace, moment)
+    page = home(workspace, moment)
+    found = gather(workspace, moment)
+    word, sentence = verdict_of(found)
+    if as_json: return _print_json({"state": word, "sentence": sentence, **found.to_dict()})
+    console = _console()
+    console.print(sentence, style="bold", soft_wrap=True)
+    if week: console.print(f"week: {os.path.relpath(summed)}", soft_wrap=True)
+    console.print(f"page: {os.path.relpath(page)}", soft_wrap=True)
 
 # %% ../nbs/cli.ipynb #9602d8c3
 @app.command()

@@ -14,7 +14,7 @@ __all__ = ['SOURCE', 'Progress', 'PAGES', 'STEPS', 'Run', 'next_weeks', 'start_r
            'train_calling_score', 'train_outcome', 'evaluate', 'compare', 'verdict', 'register', 'report', 'reported',
            'read_result', 'run_pipeline', 'summary']
 
-# %% ../../nbs/operate/pipeline.ipynb #af0d4e1d
+# %% ../../nbs/operate/pipeline.ipynb #63f99396
 import contextlib
 import datetime
 import os
@@ -30,7 +30,8 @@ from ..core.files import read_json, sha256_file, write_json
 from ..core.records import Estimate, Record, explained
 from ..core.settings import Settings
 from .notebooks import read_record, run_notebook
-from .reports import Headline, RunRecord, index, render, write_run
+from .overview import home
+from .reports import Headline, RunRecord, render, write_run
 from ..registry.versions import Registry, Version, VersionDraft, environment
 
 # %% ../../nbs/operate/pipeline.ipynb #efa8f741
@@ -215,7 +216,7 @@ def register(run: Run, progress: Progress | None = None) -> dict[str, Any]:
     if progress: progress("register", 1, 1, "")
     return read_record(run.folder / "register.json")
 
-# %% ../../nbs/operate/pipeline.ipynb #1c561ac1
+# %% ../../nbs/operate/pipeline.ipynb #75fd381c
 def _reports(run: Run) -> list[dict[str, str]]:
     "Return the reports that are there."
     return [{"step": name, "title": title, "href": f"{name}.html"} for name, title in PAGES.items() if (run.reports / f"{name}.html").is_file()]
@@ -228,7 +229,7 @@ def report(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         run.run_id, run.started_at, _now(), "ok", run.kind, versions=registered["versions"], verdict=_overall(registered["verdicts"]), verdicts=registered["verdicts"],
         headline=[Headline(**item) for item in evaluated["headline"]], reports=_reports(run), parameters={"people": run.people, "weeks": run.weeks})
     write_run(record, run.settings.reports)
-    index(run.settings.reports)
+    home(run.settings)
     if progress: progress("report", 1, 1, "")
     return record.to_dict()
 
@@ -250,7 +251,7 @@ def reported(
         with contextlib.suppress(CallingError, OSError):
             write_run(RunRecord(run.run_id, run.started_at, _now(), status, run.kind, error=text, reports=_reports(run),
                                 parameters={"people": run.people, "weeks": run.weeks}), run.settings.reports)
-            index(run.settings.reports)
+            home(run.settings)
         raise
 
 # %% ../../nbs/operate/pipeline.ipynb #0225cc18

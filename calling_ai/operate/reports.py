@@ -12,7 +12,7 @@ them. A report loads nothing and runs no script, which its own content policy en
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'STATUSES', 'VERDICTS', 'page', 'formula_html', 'render', 'Headline', 'RunRecord', 'read_run',
-           'write_run', 'index']
+           'write_run', 'interval_html', 'index']
 
 # %% ../../nbs/operate/reports.ipynb #3d28e82e
 import base64
@@ -451,7 +451,7 @@ def write_run(
     read_run(path)
     return path
 
-# %% ../../nbs/operate/reports.ipynb #501df4cb
+# %% ../../nbs/operate/reports.ipynb #48ea5238
 def _colour(predictor: str) -> str:
     "Return the colour of a predictor: those of the plots for the well-known three."
     return f"var(--{predictor})" if predictor in ("formula", "network", "best") else "var(--grey)"
@@ -483,14 +483,19 @@ def _metrics(record: RunRecord) -> dict[str, list[Headline]]:
     "Return the numbers of a run by metric, in the order given."
     return {metric: [item for item in record.headline if item.metric == metric] for metric in dict.fromkeys(item.metric for item in record.headline)}
 
+def interval_html(
+    numbers: Sequence[Headline],         # of one metric
+    labels: Sequence[str] | None = None, # what to call each; by default its predictor
+) -> str:  # a fragment
+    "Return numbers of one metric below each other, with their intervals drawn on one scale."
+    low, high = _range(numbers)
+    names = [_name(item) if labels is None else f'<i class="dot" style="background:{_colour(item.predictor)}"></i>{html.escape(labels[place])}' for place, item in enumerate(numbers)]
+    rows = "".join(f'<span>{name}</span>{_interval(item, low, high)}<span class="value">{_value(item)}</span>' for name, item in zip(names, numbers, strict=True))
+    return f'<div class="chart">{rows}<span></span><span class="scale"><i>{low:.3f}</i><i>{high:.3f}</i></span><span></span></div>'
+
 def _charts(record: RunRecord) -> str:
     "Return the numbers of one run, drawn."
-    blocks = []
-    for metric, items in _metrics(record).items():
-        low, high = _range(items)
-        rows = "".join(f'<span>{_name(item)}</span>{_interval(item, low, high)}<span class="value">{_value(item)}</span>' for item in items)
-        rows += f'<span></span><span class="scale"><i>{low:.3f}</i><i>{high:.3f}</i></span><span></span>'
-        blocks.append(f'<div><h3>{html.escape(metric)}, with 95 % intervals</h3><div class="chart">{rows}</div></div>')
+    blocks = [f"<div><h3>{html.escape(metric)}, with 95 % intervals</h3>{interval_html(items)}</div>" for metric, items in _metrics(record).items()]
     return f'<div class="charts">{"".join(blocks)}</div>' if blocks else ""
 
 # %% ../../nbs/operate/reports.ipynb #d2902548
@@ -534,7 +539,7 @@ def _latest(record: RunRecord, folder: str) -> str:
     return (f'<section class="latest"><div class="head"><h2>Latest: {html.escape(versions)}</h2>{_badge(record)}<span class="muted">{html.escape(_moment(record.started_at))}</span></div>'
             f"{error}{_charts(record)}" + (f'<div class="links-line">{links}</div>' if links else "") + "</section>")
 
-# %% ../../nbs/operate/reports.ipynb #8101b88e
+# %% ../../nbs/operate/reports.ipynb #b3e76c9e
 _EMPTY = """<div class="empty"><h2>No runs yet</h2><p>The main job takes a few minutes and leaves its first report here.</p>
 <pre>make run             from a fresh clone
 calling-ai run       inside the environment</pre></div>"""
@@ -544,7 +549,11 @@ def _unreadable(folder: str, cause: str) -> str:
             f'<td><div class="error">{html.escape(cause)}</div></td><td></td><td></td></tr>')
 
 def index(
-    reports_folder: str | Path,  # folder with one folder a run
+    reports_folder: str | Path,                 # folder with one folder a run
+    above: str = "",                            # trusted HTML above the runs
+    title: str = "Runs",                        # of the page
+    subtitle: str = "What was trained, how it compares with the formula, and what was decided.",
+    navigation: Sequence[tuple[str, str]] = (), # label and relative address of other pages
 ) -> Path:  # index.html in it
     "Write the page that lists all runs, newest first."
     folder = Path(reports_folder)
@@ -560,4 +569,4 @@ def index(
     body = (_latest(*runs[0]) if runs else "") + table if runs or broken else _EMPTY
     count = len(runs) + len(broken)
     facts = [f"{count} {'run' if count == 1 else 'runs'}"] if count else []
-    return write_text(folder / "index.html", page("Runs", body, subtitle="What was trained, how it compares with the formula, and what was decided.", facts=facts, wide=True))
+    return write_text(folder / "index.html", page(title, above + body, subtitle=subtitle, navigation=navigation, facts=facts, wide=True))
