@@ -12,18 +12,9 @@ from calling_ai.core.errors import InputError
 from calling_ai.core.settings import Settings, settings
 from calling_ai.operate.alerts import close, tell
 from calling_ai.operate.monitoring import example_log, monitor
-from calling_ai.operate.overview import (
-    changes,
-    gather,
-    home,
-    last_runs,
-    overview_html,
-    reason,
-    story,
-    verdict_of,
-    weekly,
-)
+from calling_ai.operate.overview import gather, home, last_runs, overview_html, verdict_of, weekly
 from calling_ai.registry.versions import Registry, VersionDraft
+from calling_ai.registry.words import changes, reason, story
 from calling_ai.store.database import engine, writing
 from calling_ai.store.decisions import DecisionLog
 from calling_ai.store.schema import runs
@@ -76,7 +67,7 @@ def start(workspace: Settings, kind: str, state: str, at: dt.datetime, why: str 
         (("live", "release", "champion", None, None, {}), "live: the formula alone", ""),
         (
             ("rollout", "release", "town-1", "shadow", "10 %", {"reason": "enough\n decisions"}),
-            "rollout town-1: shadow, then 10 %",
+            "rollout town-1: 10 %, after shadow",
             "enough decisions",
         ),
     ],

@@ -16,6 +16,7 @@ from sqlalchemy.engine import Engine
 import calling_ai.registry.versions as registry
 import calling_ai.store.schema as schema
 from calling_ai.core.errors import InputError, StorageError
+from calling_ai.registry.ledger import verify_chain
 from calling_ai.store import revisions
 from calling_ai.store.database import create_tables, engine, reading, writing
 from calling_ai.store.decisions import DecisionLog, example_decisions, example_outcomes
@@ -31,7 +32,7 @@ def declared() -> sa.MetaData:
     made = sa.MetaData(naming_convention=schema.metadata.naming_convention)
     for module in (registry, schema):
         for item in vars(module).values():
-            if isinstance(item, sa.Table):
+            if isinstance(item, sa.Table) and item.name not in made.tables:
                 item.to_metadata(made)
     for name, item in schema.metadata.tables.items():  # those of other areas
         if name not in made.tables:
@@ -56,15 +57,7 @@ def fill(database: Engine) -> None:
         connection.execute(
             registry.aliases_table.insert().values(model="outcome", alias="champion", version="v1.0-town")
         )
-        event = {
-            "at": NOW,
-            "action": "register",
-            "model": "outcome",
-            "subject": "v1.0-town",
-            "actor": "me",
-            "evidence": {},
-        }
-        connection.execute(registry.events_table.insert().values(**event))
+        registry.Change(connection, "me").note("register", "v1.0-town", None, "staging", {"auc": 0.7}, "outcome")
     log = DecisionLog(database.url.render_as_string(hide_password=False), SECRET)
     frame = example_decisions(60, users=6)
     log.record_frame(frame)
@@ -158,21 +151,26 @@ def test_a_database_made_without_migrations_is_adopted(new_database: Callable[..
     create_tables(database, made)
     with writing(database) as connection:
         event = {
-            "at": NOW,
             "action": "register",
             "model": "outcome",
             "subject": "v1.0-town",
             "actor": "me",
-            "evidence": {},
+            "evidence": {"auc": 0.7},
         }
-        connection.execute(registry.events_table.insert().values(**event))
+        for number in range(3):
+            connection.execute(registry.events_table.insert().values(at=NOW + dt.timedelta(hours=number), **event))
         if database.dialect.name == "sqlite":  # as the registry made it
             refuse = "BEGIN SELECT RAISE(ABORT, 'events are only ever added'); END"
             connection.execute(
                 sa.text(f"CREATE TRIGGER registry_events_no_delete BEFORE DELETE ON registry_events {refuse}")
             )
-    before = checksums(database)["registry_events"]
-    assert upgrade(database).current and checksums(database)["registry_events"] == before
+    assert upgrade(database).current
+    with reading(database) as connection:
+        rows = connection.execute(sa.select(registry.events_table).order_by(registry.events_table.c.number)).mappings()
+        rows, head = [dict(row) for row in rows], connection.scalar(sa.select(schema.facts.c.value))
+    assert [row["at"] for row in rows] == [NOW + dt.timedelta(hours=number) for number in range(3)]
+    assert all({name: row[name] for name in event} == event for row in rows), "nothing is changed but the digests"
+    assert verify_chain(rows, head) is None, "the past is chained as the present is"
     fresh = engine(new_database())
     assert shape(database) == shape(fresh)
     with pytest.raises(sa.exc.DBAPIError, match="events are only ever added"), writing(database) as connection:
