@@ -10,7 +10,7 @@ state of every table of the registry is derived from the ledger anew and must be
 # %% auto #0
 __all__ = ['Check', 'derived_state', 'audit']
 
-# %% ../../nbs/registry/audit.ipynb #f1e50aa7
+# %% ../../nbs/registry/audit.ipynb #d3da27ba
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from ..core.errors import CallingError
 from ..core.files import read_checked
 from ..core.records import Record, explained
 from .ledger import verify_chain
-from .versions import ALIASES, HEAD, Event, Registry, Version
+from .versions import HEAD, Event, Registry, Version
 from ..store.database import reading
 from ..store.schema import facts
 
