@@ -9,10 +9,10 @@ wrong usage, 3 when a gate refused and 130 after Ctrl-C. An error is one line; t
 # %% auto #0
 __all__ = ['app', 'Json', 'versions_app', 'By', 'Reason', 'Moment', 'database_app', 'experiment_app', 'alerts_app', 'ModelName',
            'Kind', 'run', 'train', 'tune', 'score', 'generate', 'versions', 'log_versions', 'versions_at',
-           'promote_versions', 'rollback_versions', 'archive_version', 'verify_versions', 'doctor', 'snapshot',
-           'quality', 'baseline', 'report', 'forget', 'upgrade_database', 'downgrade_database', 'show_database',
-           'backup_database', 'drain_database', 'analyse_experiment', 'design_experiment', 'simulate_experiment',
-           'alerts', 'close_alert', 'verify', 'main', 'monitor']
+           'promote_versions', 'rollback_versions', 'archive_version', 'verify_versions', 'doctor', 'list_runs',
+           'snapshot', 'quality', 'baseline', 'report', 'forget', 'upgrade_database', 'downgrade_database',
+           'show_database', 'backup_database', 'drain_database', 'analyse_experiment', 'design_experiment',
+           'simulate_experiment', 'alerts', 'close_alert', 'verify', 'main', 'monitor']
 
 # %% ../nbs/cli.ipynb #edc48999
 import contextlib
@@ -340,6 +340,21 @@ def doctor(
         for check in checks: console.print(f"{'[green]✓[/]' if check['ok'] else '[red]✗[/]'} {check['name']:<14} {check['found']}", soft_wrap=True)
         console.print("all is well" if good else "[red]something needs attention[/]")
     if not good: raise typer.Exit(1)
+
+# %% ../nbs/cli.ipynb #d0e31073
+@app.command("runs")
+def list_runs(
+    limit: Annotated[int, typer.Option(min=1, help="Newest runs at most.")] = 30,
+    as_json: Json = False,
+) -> None:
+    "List what was run, when, and how it ended."
+    from calling_ai.store.database import engine
+    from calling_ai.store.runs import listed
+    found = listed(engine(settings().database_url))
+    if as_json: return _print_json(found)
+    if not found: return _console(stderr=True).print("nothing was run yet")
+    rows = [[run.kind, run.period or "–", run.state, str(run.attempt), f"{run.started_at:%Y-%m-%d %H:%M:%S}", run.reason or "–"] for run in found[:limit]]
+    _console().print(_table("Runs, the newest first (times in UTC)", ["what", "period", "state", "attempt", "started", "reason"], rows))
 
 # %% ../nbs/cli.ipynb #7c517a3d
 Moment = Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], show_default="all", help="UTC.")]

@@ -10,7 +10,7 @@ would, and can clean up what crashed runs left behind. They return records and n
 __all__ = ['IDENTIFIERS', 'HOUR', 'source_of', 'TrainedVersion', 'without_raw_ids', 'train_file', 'count_ways', 'score_file',
            'examine']
 
-# %% ../../nbs/operate/commands.ipynb #5d01e727
+# %% ../../nbs/operate/commands.ipynb #3af8dce8
 import importlib.util
 import os
 import re
@@ -32,6 +32,8 @@ from .releases import ensure_release
 from ..serve.scorer import Scorer
 from ..store.identity import pseudonyms, user_secret
 from ..store.snapshots import write_snapshot
+from ..store.database import engine
+from ..store.runs import free, overdue
 from ..store.tables import read_table, table_format, write_table
 
 # %% ../../nbs/operate/commands.ipynb #e4ecdc60
@@ -133,7 +135,7 @@ def score_file(
             "versions": ", ".join(f"{model} {name}" for model, name in scorer.versions.items()) or "the formula alone",
             "paths": count_ways(scores)}
 
-# %% ../../nbs/operate/commands.ipynb #8151e3c7
+# %% ../../nbs/operate/commands.ipynb #a1560686
 HOUR = 3_600.0
 
 def _leftovers(workspace: Settings, now: float) -> list[Path]:
@@ -180,5 +182,12 @@ def examine(
             for path in found: path.unlink(missing_ok=True)
             return f"{len(found)} files of crashed runs removed", True
         return (f"{len(found)} files of crashed runs; remove them with: calling-ai doctor --fix" if found else "nothing left behind"), not found
-    checks = {"python": python, "parts": parts, "workspace": place, "disk": disk, "models": models, "scoring with": live, "leftovers": left}
+    def dead() -> tuple[str, bool]:
+        database = engine(workspace.database_url)
+        if Registry(workspace.root).marker() == 0: return "no run yet", True  # nothing is made only by looking
+        found = free(database) if fix else overdue(database)
+        names = ", ".join(run.key for run in found[:3]) + (" ..." if len(found) > 3 else "")
+        if fix: return f"{len(found)} crashed runs freed{': ' + names if found else ''}", True
+        return (f"{len(found)} runs without a sign of life: {names}; free them with: calling-ai doctor --fix" if found else "every run that says so is alive"), not found
+    checks = {"python": python, "parts": parts, "workspace": place, "disk": disk, "models": models, "scoring with": live, "runs": dead, "leftovers": left}
     return [{"name": name, "found": found, "ok": ok} for name, check in checks.items() for found, ok in (_look(check),)]
