@@ -10,7 +10,7 @@ went into them, so that a run that was killed goes on where it stopped. A proces
 # %% auto #0
 __all__ = ['ENDED', 'Run', 'Taken', 'Lost', 'this_process', 'Claim', 'digest_of', 'claim', 'listed', 'overdue', 'free', 'skip']
 
-# %% ../../nbs/store/runs.ipynb #ec63f03a
+# %% ../../nbs/store/runs.ipynb #2d576a77
 import contextlib
 import datetime as dt
 import hashlib
@@ -32,7 +32,7 @@ from ..core.files import sha256_file, to_json
 from ..core.records import Record, explained
 from .database import database_time, reading, writing
 from .migrations import ensure
-from .schema import RUN_STATES, run_steps, runs
+from .schema import run_steps, runs
 
 # %% ../../nbs/store/runs.ipynb #8381e98b
 ENDED = ("done", "failed", "crashed", "interrupted", "skipped")
