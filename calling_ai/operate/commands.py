@@ -10,7 +10,7 @@ would, and can clean up what crashed runs left behind. They return records and n
 __all__ = ['IDENTIFIERS', 'HOUR', 'source_of', 'TrainedVersion', 'without_raw_ids', 'train_file', 'count_ways', 'score_file',
            'examine']
 
-# %% ../../nbs/operate/commands.ipynb #3af8dce8
+# %% ../../nbs/operate/commands.ipynb #550c9a9a
 import importlib.util
 import os
 import re
@@ -27,6 +27,7 @@ import pandas as pd
 from ..core.errors import CallingError, UnavailableError
 from ..core.records import Estimate, Record, explained
 from ..core.settings import Settings
+from ..registry.cleanup import clean, removable
 from ..registry.versions import Registry, VersionDraft, environment
 from .releases import ensure_release
 from ..serve.scorer import Scorer
@@ -135,13 +136,12 @@ def score_file(
             "versions": ", ".join(f"{model} {name}" for model, name in scorer.versions.items()) or "the formula alone",
             "paths": count_ways(scores)}
 
-# %% ../../nbs/operate/commands.ipynb #a1560686
+# %% ../../nbs/operate/commands.ipynb #9166bdd6
 HOUR = 3_600.0
 
 def _leftovers(workspace: Settings, now: float) -> list[Path]:
-    "Return temporary and unreferenced files that are older than an hour."
+    "Return unfinished files that are older than an hour."
     found = [path for folder in (workspace.var, workspace.reports) if folder.is_dir() for path in folder.rglob(".*.part")]
-    found += Registry(workspace.root).orphans()
     return [path for path in found if path.is_file() and now - path.stat().st_mtime > HOUR]
 
 def _look(check: Any) -> tuple[str, bool]:
@@ -177,11 +177,13 @@ def examine(
         if scorer.release: return f"{told}, as one release", True
         return told + (", in parts; compose their release with: calling-ai doctor --fix" if scorer.versions else ""), True
     def left() -> tuple[str, bool]:
-        found = _leftovers(workspace, time.time())
-        if fix:
-            for path in found: path.unlink(missing_ok=True)
-            return f"{len(found)} files of crashed runs removed", True
-        return (f"{len(found)} files of crashed runs; remove them with: calling-ai doctor --fix" if found else "nothing left behind"), not found
+        registry = Registry(workspace.root)
+        found = {*_leftovers(workspace, time.time()), *removable(registry, HOUR)}
+        if not fix: return (f"{len(found)} files of crashed runs; remove them with: calling-ai doctor --fix" if found else "nothing left behind"), not found
+        clean(registry, HOUR)
+        for path in found:
+            if path.name.endswith(".part"): path.unlink(missing_ok=True)
+        return f"{sum(not path.exists() for path in found)} files of crashed runs removed", True
     def dead() -> tuple[str, bool]:
         database = engine(workspace.database_url)
         if Registry(workspace.root).marker() == 0: return "no run yet", True  # nothing is made only by looking

@@ -14,11 +14,12 @@ __all__ = ['ALIASES', 'STATUSES', 'versions_table', 'aliases_table', 'events_tab
            'VersionDraft', 'Version', 'Event', 'restore_estimates', 'keep_file', 'number_next', 'Release',
            'release_key', 'Registry', 'Change', 'Live', 'live_of']
 
-# %% ../../nbs/registry/versions.ipynb #3c8594e6
+# %% ../../nbs/registry/versions.ipynb #a1a7cec2
 import contextlib
 import datetime as dt
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
@@ -150,7 +151,7 @@ events_table = sa.Table(
     *(sa.Column(name, sa.Text) for name in ("before", "after", "digest", "previous_digest")), sa.Column("evidence", sa.JSON, nullable=False),
     sa.Index("uq_registry_events_previous_digest", "previous_digest", unique=True))  # the chain cannot fork
 
-# %% ../../nbs/registry/versions.ipynb #cadde93c
+# %% ../../nbs/registry/versions.ipynb #6daa237f
 def keep_file(
     file: str | Path,    # what to keep
     folder: str | Path,  # where
@@ -160,8 +161,9 @@ def keep_file(
     kept = Path(folder) / f"{digest}.onnx"
     try:
         if kept.is_file() and sha256_file(kept) == digest:
-            kept.touch()  # young again: a clean-up leaves young files alone
+            os.utime(kept)  # young again: a clean-up leaves young files alone
             return kept
+    except FileNotFoundError: pass  # a clean-up was faster
     except OSError as error: raise explain_os_error(error, f"keeping {kept.name}") from error
     with atomic_path(kept) as temporary: shutil.copyfile(file, temporary)
     try: kept.chmod(0o444)
@@ -198,7 +200,7 @@ def release_key(
     "Return what a release of these versions is known by."
     return "+".join(versions[model].digest if model in versions else "-" for model in MODELS)
 
-# %% ../../nbs/registry/versions.ipynb #8ba3f3c7
+# %% ../../nbs/registry/versions.ipynb #727299cd
 class Registry:
     "The versions of a workspace."
 
@@ -226,6 +228,7 @@ class Registry:
         for draft, path in zip(drafts, kept, strict=True):
             if check is not None: check(draft, path)
         with self.changing(actor) as change:
+            for draft, path in zip(drafts, kept, strict=True): _still_there(path, draft.file)
             names = [change.insert(draft, path) for draft, path in zip(drafts, kept, strict=True)]
             for draft, name in zip(drafts, names, strict=True):
                 if draft.model in promote: change.promote(draft.model, name, promote[draft.model], evidence)
@@ -357,6 +360,7 @@ class Registry:
         "Keep a release of versions, and write down that it is theirs; the same file again changes nothing."
         key, kept = release_key(versions), keep_file(file, self.releases)
         with self.changing(actor) as change:
+            _still_there(kept, file)
             known = _last_release(change.connection, key)
             if known is None or known.digest != kept.stem:
                 for model, item in versions.items(): change.get(model, item.version)
@@ -394,7 +398,11 @@ class Registry:
         with reading(self.database) as connection:
             yield connection if sa.inspect(connection).has_table(versions_table.name) else None
 
-# %% ../../nbs/registry/versions.ipynb #3ec438fe
+# %% ../../nbs/registry/versions.ipynb #f30a57a4
+def _still_there(kept: Path, file: str | Path) -> None:
+    "See to it that a file which is about to be referred to is there: before the lock was ours, a clean-up may have taken it for a leftover."
+    if not kept.is_file() and keep_file(file, kept.parent) != kept: raise IntegrityError(f"{Path(file).name} has changed while it was registered: register it again")
+
 def _nothing(model: str) -> NotFoundError:
     return NotFoundError(f"no version of {model} is registered yet: `calling-ai run` or `calling-ai train --model {model} --data FILE` makes one")
 
