@@ -1,7 +1,9 @@
 """The log of decisions: nothing lost, nothing doubled, whole or not at all, and the same on both databases."""
 
+import concurrent.futures
 import contextlib
 import datetime as dt
+import functools
 import math
 import multiprocessing
 import os
@@ -9,6 +11,7 @@ import pickle
 import random
 import subprocess
 import sys
+import threading
 import traceback
 import uuid
 from collections.abc import Callable
@@ -685,6 +688,26 @@ def test_eight_processes_send_each_key_twice(log: DecisionLog) -> None:
     with pytest.raises(Conflict):
         log.record_outcome(messages[7] | {"outcome_score": 0.3, "outcome_type": "negative"})
     print(f"8 processes x 1,000 outcomes, each key twice: 4,000 rows, 0 errors in 8,000 (95 % below {3 / 8_000:.2%})")
+
+
+def test_a_deadlock_is_resolved_and_not_shown(log: DecisionLog) -> None:
+    """Two transactions that take two rows crosswise: PostgreSQL ends one of them, and the log does it again."""
+    if log.database.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer at a time: there is no deadlock")
+    log.counts()
+    both_hold, attempts = threading.Barrier(2), [0, 0]
+
+    def cross(me: int, connection: sa.engine.Connection) -> str:
+        attempts[me] += 1
+        for step, name in enumerate(("left", "right") if me == 0 else ("right", "left")):
+            connection.execute(sa.text(f"INSERT INTO facts VALUES ('{name}', 'x') ON CONFLICT (name) DO NOTHING"))
+            if step == 0 and attempts[me] == 1:
+                both_hold.wait(60)
+        return "done"
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(lambda me: log._write(functools.partial(cross, me)), (0, 1)))
+    assert said == ["done", "done"] and sorted(attempts) == [1, 2]
 
 
 def disagree(number: int, log: DecisionLog, rows: list[dict]) -> str:

@@ -156,8 +156,9 @@ def engine(
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
     return made
 
-# %% ../../nbs/store/database.ipynb #84b0e8b1
+# %% ../../nbs/store/database.ipynb #7a078373
 _CAUSES = (
+    (("deadlock detected", "could not serialize"), StorageError, "another process wrote the same rows at the same moment; run the command again"),
     (("locked", "busy"), StorageError, "another process holds the lock; wait for it to end and run the command again"),
     (("disk is full", "disk i/o error"), StorageError, "the disk is full or refuses to write; free some space and run the command again"),
     (("readonly", "read-only"), StorageError, "it is read-only; check who owns the file and its folder"),

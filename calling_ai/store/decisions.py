@@ -272,13 +272,16 @@ def check_corrections(
             step = found[step].corrects if step in found else None
         if step is not None: raise InputError(f"row {at}, column corrects: {key!r:.60} would correct itself by way of {targets[row]!r:.60}", at, "corrects")
 
-# %% ../../nbs/store/decisions.ipynb #8994d644
+# %% ../../nbs/store/decisions.ipynb #d649ec9d
 WAIT_SECONDS = 600.0  # how long SQLite waits for another process that writes
 ATTEMPTS = 10         # of a transaction that PostgreSQL ended because of a deadlock
 T = TypeVar("T")
 
-def _deadlocked(error: BaseException) -> bool:
-    return getattr(getattr(error, "orig", error), "sqlstate", None) in ("40P01", "40001")
+def _deadlocked(error: BaseException | None) -> bool:
+    while error is not None:  # `writing` says it in words of ours; what PostgreSQL said is the cause of that
+        if getattr(getattr(error, "orig", error), "sqlstate", None) in ("40P01", "40001"): return True
+        error = error.__cause__
+    return False
 
 class DecisionLog:
     "Decisions, outcomes and exposures in a database."
