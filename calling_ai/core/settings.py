@@ -35,7 +35,7 @@ def ranged(
     "Return a field of a section: a number in [`low`, `high`]."
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
 
-# %% ../../nbs/core/settings.ipynb #2b6cebac
+# %% ../../nbs/core/settings.ipynb #76514460
 @dataclass(frozen=True)
 class StoreSettings(Record):
     "Where things are kept."
@@ -125,6 +125,7 @@ class RolloutSettings(Record):
     latency_margin: float = ranged("how much the latency may grow, relative", 0, 100, 0.5)
     error_margin: float = ranged("how much the share of errors may grow, absolute", 0, 1, 0.005)
     weight: float = ranged("weight of the network with which a new version begins", 0, 0.5, 0.1)
+    days: int = ranged("days after which a rollout ends without an answer", 1, 3_650, 90)
     approval: str = explained("stages that wait for a person: none, all, or their numbers such as 0.5, 1.0", default="none")
     off_policy: str = explained("what a bad or missing off-policy check does before the first user: hold, or tell", default="tell")
 

@@ -31,9 +31,9 @@ from ..store.schema import decisions, exposures
 
 if TYPE_CHECKING: import pandas as pd
 
-# %% ../../nbs/experiments/attribution.ipynb #2eb6b1da
+# %% ../../nbs/experiments/attribution.ipynb #00bce7d5
 _OUTCOMES = ("outcomes", "positive", "negative", "outcome_score")  # measures that need the outcome
-MEASURES = ("decisions", "called", "explored", "calling_score", "latency_us", "formula_alone", *_OUTCOMES)
+MEASURES = ("decisions", "called", "explored", "calling_score", "latency_us", "formula_alone", "failed", *_OUTCOMES)
 
 METRICS: dict[str, Metric] = {
     "mean score": Metric("calling_score", "decisions"), "call rate": Metric("called", "decisions"), "positive rate": Metric("positive", "outcomes"),
@@ -45,7 +45,7 @@ def measured(
     "Return the decisions with a column for each measure."
     positive, negative = joined["outcome_type"] == "positive", joined["outcome_type"] == "negative"
     return joined.assign(decisions=1.0, called=joined["called"].astype(float), explored=joined["explored"].astype(float), latency_us=joined["latency_us"].fillna(0.0),
-                         formula_alone=joined["network_score"].isna().astype(float), outcomes=joined["outcome_type"].notna().astype(float),
+                         formula_alone=joined["network_score"].isna().astype(float), failed=joined["reason"].notna().astype(float), outcomes=joined["outcome_type"].notna().astype(float),
                          positive=positive.astype(float), negative=negative.astype(float), outcome_score=joined["outcome_score"].fillna(0.0))
 
 def _check_measures(totals: Sequence[str], covariates: Sequence[str], window_days: float, before_days: float) -> None:
@@ -94,13 +94,14 @@ def attribute(
         units[f"before_{name}"] = (pairs[name] * counts).groupby(pairs["unit"]).sum().reindex(units.index, fill_value=0.0)
     return units.drop(columns=["unit", "first", "end"])
 
-# %% ../../nbs/experiments/attribution.ipynb #fe5cae01
+# %% ../../nbs/experiments/attribution.ipynb #3bec19d7
 def _worth(name: str, outcome: Any) -> Any:
     "Return the SQL expression of a measure."
     def one(condition: Any) -> Any: return sa.case((condition, 1.0), else_=0.0)
     if name == "decisions": return sa.literal(1.0, sa.Double)
     if name in ("called", "explored"): return one(decisions.c[name])
     if name == "formula_alone": return one(decisions.c.network_score.is_(None))
+    if name == "failed": return one(decisions.c.reason.is_not(None))
     if name == "outcomes": return one(outcome.c.id.is_not(None))
     if name in ("positive", "negative"): return one(outcome.c.outcome_type == name)
     return sa.func.coalesce(outcome.c.outcome_score if name == "outcome_score" else decisions.c[name], 0.0)

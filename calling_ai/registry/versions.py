@@ -200,7 +200,7 @@ def release_key(
     "Return what a release of these versions is known by."
     return "+".join(versions[model].digest if model in versions else "-" for model in MODELS)
 
-# %% ../../nbs/registry/versions.ipynb #727299cd
+# %% ../../nbs/registry/versions.ipynb #4386626d
 class Registry:
     "The versions of a workspace."
 
@@ -293,9 +293,9 @@ class Registry:
             return change.get(model, found.version)
 
     def last(self,
-        action: str,             # kind of change
-        subject: str,            # what it was about
-        model: str = "release",  # calling_score, outcome, or release
+        action: str,                 # kind of change
+        subject: str | None = None,  # what it was about; none is anything
+        model: str = "release",      # calling_score, outcome, or release
     ) -> Event | None:
         "Return the last change of a kind, or nothing when there was none."
         with self._looking() as connection: return None if connection is None else _last_event(connection, action, subject, model)
@@ -398,7 +398,7 @@ class Registry:
         with reading(self.database) as connection:
             yield connection if sa.inspect(connection).has_table(versions_table.name) else None
 
-# %% ../../nbs/registry/versions.ipynb #f30a57a4
+# %% ../../nbs/registry/versions.ipynb #b20d6b08
 def _still_there(kept: Path, file: str | Path) -> None:
     "See to it that a file which is about to be referred to is there: before the lock was ours, a clean-up may have taken it for a leftover."
     if not kept.is_file() and keep_file(file, kept.parent) != kept: raise IntegrityError(f"{Path(file).name} has changed while it was registered: register it again")
@@ -430,8 +430,8 @@ def _find(connection: Connection, model: str, version: str) -> Version:
 
 def _event(row: RowMapping) -> Event: return Event(**{name: row[name] for name in Event.__dataclass_fields__})
 
-def _last_event(connection: Connection, action: str, subject: str, model: str) -> Event | None:
-    where = (events_table.c.action == action, events_table.c.subject == subject, events_table.c.model == model)
+def _last_event(connection: Connection, action: str, subject: str | None, model: str) -> Event | None:
+    where = [events_table.c.action == action, events_table.c.model == model, *([] if subject is None else [events_table.c.subject == subject])]
     row = connection.execute(sa.select(events_table).where(*where).order_by(events_table.c.number.desc()).limit(1)).mappings().first()
     return None if row is None else _event(row)
 
@@ -440,7 +440,7 @@ def _last_release(connection: Connection, key: str) -> Release | None:
     last = _last_event(connection, "release", key, "release")
     return None if last is None else Release(key, str(last.after), last.evidence["size"], last.evidence["versions"])
 
-# %% ../../nbs/registry/versions.ipynb #4204b5f0
+# %% ../../nbs/registry/versions.ipynb #325a0204
 class Change:
     "One transaction of the registry: what is done in it becomes visible together, or not at all."
 
@@ -458,9 +458,9 @@ class Change:
         return _find(self.connection, check_model(model), version)
 
     def last(self,
-        action: str,             # kind of change
-        subject: str,            # what it was about
-        model: str = "release",  # calling_score, outcome, or release
+        action: str,                 # kind of change
+        subject: str | None = None,  # what it was about; none is anything
+        model: str = "release",      # calling_score, outcome, or release
     ) -> Event | None:
         "Return the last change of a kind, or nothing when there was none."
         return _last_event(self.connection, action, subject, model)

@@ -190,14 +190,17 @@ def _in_chunks(ask: Ask, values: np.ndarray, assessment: np.ndarray | None, tren
         result[rows] = ask(values[rows], None if assessment is None else assessment[rows], None if trend is None else trend[rows])[0]
     return result
 
-# %% ../../nbs/serve/releases.ipynb #3c350393
+# %% ../../nbs/serve/releases.ipynb #181af640
 def choose_versions(
     registry: "Registry",  # of a workspace
-    version: str | None,   # a name, an alias, or nothing for the champions
+    version: "str | Mapping[str, str] | None",  # a name, an alias, a version for each model, or nothing for the champions
 ) -> tuple[dict[str, "Version"], dict[str, str]]:  # by model: what to open, and why there is nothing to open
     "Choose the versions to score with; a name that no model has is a `NotFoundError`."
     chosen: dict[str, Version] = {}
     problems: dict[str, str] = {}
+    if isinstance(version, Mapping):
+        chosen = {model: registry.get(model, name) for model, name in version.items()}
+        return chosen, {model: f"no {model} wanted" for model in INTERFACES if model not in chosen}
     for model in INTERFACES:
         known = registry.list(model)
         match = [item for item in known if item.version == version or (version or "champion") in item.aliases]
@@ -215,7 +218,7 @@ def choose_versions(
         del problems[other]
     return chosen, problems
 
-# %% ../../nbs/serve/releases.ipynb #5a15fe3e
+# %% ../../nbs/serve/releases.ipynb #691657e4
 LOOKS = 5  # at a registry that changes while it is read
 
 @dataclass(frozen=True)
@@ -226,6 +229,7 @@ class Wanted(Record):
     versions: dict[str, dict[str, Any]] = explained("by model: version, digest and size of its file")
     problems: dict[str, str] = explained("by model: why there is none")
     release: dict[str, Any] | None = explained("digest and size of the composed file, nothing where there is none")
+    weight: float | None = explained("weight of the network that is live; none is that of the settings", default=None)
 
 def _sqlite_file(found: Settings) -> Path | None:
     url = found.database_url
@@ -241,7 +245,7 @@ def _ask_sqlite(file: Path, key: str) -> tuple[int, dict[str, Any] | None]:
 
 def find_wanted(
     found: Settings,                # of the workspace
-    version: str | None = None,     # a name, an alias, or nothing for the champions
+    version: str | Mapping[str, str] | None = None,  # a name, an alias, a version for each model, or nothing for the champions
     recalled: Wanted | None = None, # the last answer
 ) -> Wanted:
     "Return what the registry wants to be served."
@@ -255,9 +259,10 @@ def find_wanted(
         marker = registry.marker()
         chosen, problems = choose_versions(registry, version)
         release = registry.release(chosen) if chosen else None
+        live = registry.last("live", "champion") if version is None else None
         if registry.marker() == marker: break
     return Wanted(marker, release_key(chosen), {model: {"version": item.version, "digest": item.digest, "size": item.size} for model, item in chosen.items()},
-                  problems, None if release is None else {"digest": release.digest, "size": release.size})
+                  problems, None if release is None else {"digest": release.digest, "size": release.size}, live.evidence.get("weight") if live else None)
 
 # %% ../../nbs/serve/releases.ipynb #4f5d9b65
 KEPT = 4  # releases that are remembered

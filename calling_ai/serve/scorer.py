@@ -154,16 +154,25 @@ def rows_of(
         rows.append(row)
     return rows
 
-# %% ../../nbs/serve/scorer.ipynb #3cce46bc
+# %% ../../nbs/serve/scorer.ipynb #801b5bb8
 _tried: set[str] = set()  # digests of files that came back well from the child process
 
 @dataclass
 class _Source:
     "Where a scorer comes from, to look again."
     found: Settings
-    version: str | None
+    version: str | Mapping[str, str] | None
     wanted: Wanted | None = None
+    own: bool = False  # whether the policy was given: its weight stays, whatever is live
     good: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def label(self) -> str: return self.version if isinstance(self.version, str) else "-".join(self.version.values()) if self.version else "champion"
+
+    def policy(self, policy: Policy) -> Policy:
+        "Return the policy with the weight that is live."
+        weight = None if self.own or self.wanted is None else self.wanted.weight
+        return policy if weight is None else dataclasses.replace(policy, weight=weight)
 
 class Scorer:
     "Scores moments with what is live, and a policy."
@@ -201,15 +210,15 @@ class Scorer:
 
     @classmethod
     def load(cls,
-        version: str | None = None,      # a version or an alias; by default the champions
+        version: str | Mapping[str, str] | None = None,  # a version or an alias, or a version for each model; by default the champions
         root: str | Path | None = None,  # folder of the workspace; by default it is looked for
-        policy: Policy | None = None,    # by default the one of the settings
+        policy: Policy | None = None,    # by default the one of the settings, with the weight that is live
         strict: bool = False,            # raise where something cannot be opened, instead of falling back
         **options: Any,                  # log, experiment, arm, stage, refresh_seconds, budget_seconds
     ) -> "Scorer":
         "Open what a workspace serves, or a named version."
         found = settings(root)
-        policy = policy or Policy(**found.policy.to_dict())
+        own, policy = policy is not None, policy or Policy(**found.policy.to_dict())
         memory, problem, wanted = Memory(found), None, None
         recalled, good = memory.recall() if version is None else (None, [])
         try: wanted = find_wanted(found, version, recalled)
@@ -219,11 +228,11 @@ class Scorer:
             problem = brief(error)
             tell("registry", problem)
         if strict and wanted is not None: _open_strictly(found, wanted)
-        source = _Source(found, version, wanted, good)
+        source = _Source(found, version, wanted, own, good)
         opened = open_wanted(found, wanted, good, problem)
-        if opened.reason and not opened.whole: tell(version or "champion", opened.reason)
+        if opened.reason and not opened.whole: tell(source.label, opened.reason)
         chosen = {"refresh_seconds": found.serve.refresh_seconds, "budget_seconds": found.serve.budget_seconds} | options
-        made = cls({}, {}, policy, opened=opened, source=source, **chosen)
+        made = cls({}, {}, source.policy(policy), opened=opened, source=source, **chosen)
         made._keep(opened)
         return made
 
@@ -508,16 +517,20 @@ class Scorer:
                 if live.versions and not live.health.rests_until: return False
             same = wanted is not None and wanted is source.wanted
             if same and live.whole and not live.health.rests_until: return False
+            if _as_before(live, wanted) and source.policy(self.policy) == self.policy:
+                source.wanted = wanted
+                return False
             opened = open_wanted(source.found, wanted, source.good, problem, live.engine if isinstance(live.engine, Graph) else None)
             if wanted is not None: source.wanted = wanted
-            if opened.engine is live.engine and opened.reason == live.why: return False
+            weight, self.policy = self.policy.weight, source.policy(self.policy)
+            if opened.engine is live.engine and opened.reason == live.why and weight == self.policy.weight: return False
             if same and not opened.whole and (opened.engine.release, opened.engine.versions, opened.reason) == (live.release, live.versions, live.why): return False
             self._keep(opened)
             before = dataclasses.replace(live, spare=None)
             known = {entry["digest"] for entry in source.good}
             spare = before if before.release in known and before.release != opened.engine.release and not before.health.rests_until else None
             self._live = Live.of(opened, self.policy, spare)
-            if opened.reason and not opened.whole: self._failed(source.version or "champion", opened.reason)
+            if opened.reason and not opened.whole: self._failed(source.label, opened.reason)
             with self._lock: self._counts["swap", ""] += 1
             return True
         finally: self._refreshing.release()
@@ -550,6 +563,12 @@ class Scorer:
         rows = "".join(f"<tr><td>{model}</td><td>{live.versions.get(model, '–')}</td><td>{live.problems.get(model, 'open')}</td></tr>" for model in MODELS)
         release = f"release {live.release[:12]}" if live.release else "no release: the parts answer" if live.versions else "the formula answers"
         return f"<p>{release}{'; ' + live.why if live.why else ''}</p><table class='record'><thead><tr><th>model</th><th>version</th><th>state</th></tr></thead><tbody>{rows}</tbody></table>"
+
+def _as_before(live: Live, wanted: Wanted | None) -> bool:
+    "Say whether the registry changed in something else than what is served here."
+    if wanted is None or wanted.release is None or not live.whole or live.why or live.health.rests_until: return False
+    versions = {model: item["version"] for model, item in wanted.versions.items()}
+    return (wanted.release["digest"], versions) == (live.release, live.versions) and all(live.problems.get(model) == why for model, why in wanted.problems.items())
 
 def _look_again(me: "weakref.ref[Scorer]", stop: threading.Event, seconds: float) -> None:
     "Refresh a scorer until it is gone."
