@@ -67,7 +67,7 @@ class Plan(Record):
         "Return a plan as it was written down."
         return cls(**{**values, "protocol": Protocol.from_dict(values["protocol"])})
 
-# %% ../../nbs/experiments/rollout.ipynb #502b634d
+# %% ../../nbs/experiments/rollout.ipynb #b5f0df6d
 def plan_rollout(
     name: str,                # of the rollout; also the salt of its assignment
     base: Baseline,           # the metric of today, by user
@@ -78,7 +78,8 @@ def plan_rollout(
 ) -> Plan:
     "Plan a rollout from what is known of today."
     if not base.value > 0: raise InputError(f"baseline is {base.value:g}: it must be above zero; without positive outcomes nothing can be planned")
-    spending, chosen = Spending(experiment.spending), {"relative": True, "alternative": "greater"}
+    spending = Spending(experiment.spending)
+    chosen: dict[str, Any] = {"relative": True, "alternative": "greater"}
     design = plan(experiment.looks, experiment.alpha, experiment.power, spending)
     most = sample_size(base, rollout.effect, power=experiment.power, confidence=1 - experiment.alpha, inflation=design.inflation, **chosen)
     least = sample_size(base, rollout.effect, power=rollout.stage_power, confidence=1 - experiment.harm, **chosen)

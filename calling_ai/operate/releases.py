@@ -11,9 +11,10 @@ parts, which say the same and are a little slower."""
 # %% auto #0
 __all__ = ['ensure_release']
 
-# %% ../../nbs/operate/releases.ipynb #737253fb
+# %% ../../nbs/operate/releases.ipynb #a31e847b
 import contextlib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..core.errors import CallingError
@@ -24,10 +25,10 @@ from ..registry.versions import Registry, Release
 from ..score.policy import Policy
 from ..serve.releases import choose_versions
 
-# %% ../../nbs/operate/releases.ipynb #486e2718
+# %% ../../nbs/operate/releases.ipynb #c10db375
 def ensure_release(
     workspace: Settings,         # settings of the workspace
-    version: str | None = None,  # a name or an alias; by default the champions
+    version: str | Mapping[str, str] | None = None,  # a name or an alias, or a version for each model; by default the champions
     actor: str = "",             # who or which gate
 ) -> Release | None:  # nothing when there is no version to serve
     "See to it that what is served has its release; once it has, nothing changes."

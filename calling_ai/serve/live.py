@@ -10,7 +10,7 @@ challenger falls back as anywhere, and counts for its arm. `score` and `score_fr
 # %% auto #0
 __all__ = ['REMEMBERED', 'Trial', 'LiveScorer']
 
-# %% ../../nbs/serve/live.ipynb #bf7453dc
+# %% ../../nbs/serve/live.ipynb #63c4af6e
 import dataclasses
 import datetime as dt
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,6 @@ from .requests import Score, Scored
 from .scorer import Scorer
 
 if TYPE_CHECKING:
-    from calling_ai.experiments.assignment import Experiment
     from calling_ai.experiments.rollout import Rollout
 
 # %% ../../nbs/serve/live.ipynb #98cc82af
@@ -58,7 +57,7 @@ class Trial:
             new = sorted(first.values())
         return [known[key] for key in keys], new
 
-# %% ../../nbs/serve/live.ipynb #38316fb7
+# %% ../../nbs/serve/live.ipynb #71957742
 class LiveScorer(Scorer):
     "Scores moments with what is live, and with what is being tried for the users who belong to it."
 
@@ -72,9 +71,9 @@ class LiveScorer(Scorer):
         **options: Any,                  # strict, log, refresh_seconds, budget_seconds
     ) -> "LiveScorer":
         "Open what a workspace serves."
-        made = super().load(None, root, policy, **options)
+        made: Any = super().load(None, root, policy, **options)
         made._follow()
-        return made  # type: ignore[return-value]
+        return made
 
     @property
     def rollout(self) -> "Rollout | None":
@@ -151,7 +150,7 @@ class LiveScorer(Scorer):
         if trial is None or user is None or about.get("experiment") is not None: return super().score(moment, decision_id, **about)
         keys = self._keys([user])
         arms, new = trial.arms(keys)
-        scorer = trial.challenger if arms[0] == "challenger" else super()
+        scorer: Any = trial.challenger if arms[0] == "challenger" else super()
         if self.log is not None and said("decided_at") is None: about["decided_at"] = dt.datetime.now(dt.UTC)
         score = scorer.score(moment, decision_id, **about, experiment=trial.experiment.name, arm=arms[0], stage=trial.stage)
         if new: self._expose(trial, keys, arms, new, [score.decision_id] if score.decision_id is not None else None, [said("decided_at")])
@@ -202,7 +201,7 @@ class LiveScorer(Scorer):
         parts, order = [], []
         for arm in dict.fromkeys(arms):
             places = [place for place, own in enumerate(arms) if own == arm]
-            scorer = trial.challenger if arm == "challenger" else super()
+            scorer: Any = trial.challenger if arm == "challenger" else super()
             mine = {name: [value[place] for place in places] if isinstance(value, (list, tuple, np.ndarray)) else value for name, value in options.items()}
             ids = None if decision_ids is None else [decision_ids[place] for place in places]
             if "refused" in mine: mine["refused"] = np.asarray(mine["refused"])
