@@ -13,7 +13,7 @@ for a person, `abort` gives everybody the champion."""
 __all__ = ['SHADOWED', 'current', 'clock', 'begin', 'shadow_facts', 'step', 'pause', 'resume', 'approve', 'abort', 'Told',
            'in_words', 'example_workspace', 'example_day']
 
-# %% ../../nbs/operate/rollout.ipynb #e6a98a41
+# %% ../../nbs/operate/rollout.ipynb #acb287f8
 import dataclasses
 import datetime as dt
 import os
@@ -36,7 +36,7 @@ from ..experiments.off_policy import call_log, compare_policies
 from ..experiments.rollout import (
     ADVANCE, BACK, CANNOT_TELL, CHALLENGER, EVERYBODY, HOLD, SHADOW, Judgement, Plan, Rollout, judge, plan_rollout, read_shares)
 from .alerts import close, tell
-from .experiment import described, summaries_of
+from .experiment import summaries_of
 from .notebooks import run_notebook
 from .releases import ensure_release
 from .reports import render
