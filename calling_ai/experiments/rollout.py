@@ -210,7 +210,7 @@ class Rollout(Record):
         "Return the last rollout that the registry knows of, or nothing."
         return None if rollout is None else cls.from_dict(rollout["evidence"])
 
-# %% ../../nbs/experiments/rollout.ipynb #fe86d819
+# %% ../../nbs/experiments/rollout.ipynb #c0f2d1f9
 ENDS = ("promoted", "rolled back", "ended")
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +248,7 @@ def simulate_rollouts(
     "Run many rollouts with a look each day."
     shares = [stage.shares[CHALLENGER] for stage in planned.protocol.experiment.stages if stage.shares]
     factor = np.ones(planned.days) if level is None else np.resize(np.asarray(level, dtype=float), planned.days)
-    if not (0 < rate * factor.min() and 0 <= (rate + effect) * factor.min() and max(rate, rate + effect) * factor.max() <= 1):
+    if not (rate * factor.min() > 0 and (rate + effect) * factor.min() >= 0 and max(rate, rate + effect) * factor.max() <= 1):
         raise InputError(f"rate is {rate} and effect {effect}: all shares of positive outcomes must lie in (0, 1]")
     protocol, rng, n = planned.protocol, np.random.default_rng(seed), np.arange(runs)
     harm = protocol.harm / (1 + len(protocol.guardrails))
