@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test faults check format lab bench reports clean
+.PHONY: help install run schedule test faults check format lab bench reports clean
 
 help:            ## Show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -21,6 +21,9 @@ install: $(STAMP)  ## Make .venv with the pinned set
 
 run: $(STAMP)    ## Run the main job: people, town, training, evaluation, versions, reports
 	@$(BIN)/calling-ai run
+
+schedule: $(STAMP) ## Run everything by itself: a local Prefect server with its pages, and the flows on their cron lines
+	@$(BIN)/python flows/schedule.py
 
 test: $(STAMP)   ## Run every test
 	@CI_SHARED="$(abspath ../shared)" $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -12,8 +12,8 @@ __all__ = ['app', 'Json', 'versions_app', 'By', 'Reason', 'Moment', 'database_ap
            'promote_versions', 'rollback_versions', 'archive_version', 'verify_versions', 'doctor', 'list_runs',
            'snapshot', 'quality', 'baseline', 'report', 'forget', 'upgrade_database', 'downgrade_database',
            'show_database', 'backup_database', 'drain_database', 'analyse_experiment', 'design_experiment',
-           'simulate_experiment', 'rollout', 'begin_rollout', 'step_rollout', 'pause_rollout', 'resume_rollout',
-           'approve_rollout', 'abort_rollout', 'alerts', 'close_alert', 'verify', 'main', 'monitor']
+           'simulate_experiment', 'retrain_models', 'rollout', 'begin_rollout', 'step_rollout', 'pause_rollout',
+           'resume_rollout', 'approve_rollout', 'abort_rollout', 'alerts', 'close_alert', 'verify', 'main', 'monitor']
 
 # %% ../nbs/cli.ipynb #edc48999
 import contextlib
@@ -591,6 +591,24 @@ def simulate_experiment(
     found = simulate(settings(), scenario, runs, looks, seed)
     if as_json: return _print_json(found)
     _console().print(_table(f"{runs:,} simulated experiments (upper bounds: 99 %)", ["what", "value"], in_words(found), fold=False))
+
+# %% ../nbs/cli.ipynb #46793af8
+@app.command("retrain")
+def retrain_models(
+    check: Annotated[bool, typer.Option("--check", help="Only say whether it is due.")] = False,
+    now: Annotated[str | None, typer.Option("--now", metavar="REASON", help="Train now, whether due or not.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    "Train again where it is due; better candidates begin their rollout."
+    from calling_ai.operate.retraining import due, in_words, retrain
+    workspace, console = settings(), _console()
+    if check:
+        found = due(workspace)
+        if as_json: return _print_json(found)
+        return console.print(f"{'due' if found.is_due else 'not due'}: {found.reason}", soft_wrap=True)
+    with _steps(as_json) as show: result = retrain(workspace, now, progress=show)
+    if as_json: return _print_json(result)
+    for line in in_words(result): console.print(line, soft_wrap=True)
 
 # %% ../nbs/cli.ipynb #e458d809
 rollout_app = typer.Typer(help="See how a new version reaches everybody; begin, step, pause, resume, approve or abort it.")

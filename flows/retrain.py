@@ -1,52 +1,45 @@
-"""Retrain the calling score: the steps of the pipeline as a Prefect flow.
+"""Retrain: where it is due, once for each period; snapshot, trainings, evaluation, comparison, registration, rollout.
 
 Once, with or without a server:   python flows/retrain.py
-On the schedule of settings.ini:  python flows/retrain.py --serve   (needs `prefect server start`)
+Due or not:                       python flows/retrain.py --now "a new feature"
+Killed, it goes on where it stopped when it is run again.
 """
 
 import argparse
-import os
+from collections.abc import Callable
 
-for name, value in {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-}.items():
-    os.environ.setdefault(name, value)
+from common import create_markdown_artifact, create_table_artifact, get_run_logger, settings, task
+from prefect import flow
 
-from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
-
-from calling_ai.core.settings import settings
-from calling_ai.operate import pipeline
+from calling_ai.operate import retraining
+from calling_ai.operate.overview import home
 
 # Training again does not mend a wrong number; a busy database or a lost kernel is worth another try.
 RETRIES = {"register": 3}
 
 
+def as_task(name: str, work: Callable[[], dict]) -> dict:
+    """Do a step as a task of the flow."""
+    return task(work, name=name, retries=RETRIES.get(name, 1), retry_delay_seconds=2)()
+
+
 @flow(name="retrain")
-def retrain(people: int | None = None, weeks: int | None = None) -> dict:
-    """Prepare, train, evaluate, compare, register, report; return the record of the run."""
-    run = pipeline.start_run(settings(), kind="retrain", people=people, weeks=weeks)
-    with pipeline.reported(run):
-        for name, step in pipeline.STEPS.items():
-            task(step, name=name, retries=RETRIES.get(name, 1), retry_delay_seconds=2)(run)
-    record = pipeline.read_result(run)
-    text = pipeline.summary(record)
-    table = [dict(zip(text["columns"], row, strict=True)) for row in text["rows"]]
-    create_table_artifact(table, key="retrain-metrics", description=text["title"])
-    create_markdown_artifact("\n\n".join(text["notes"]), key="retrain-verdict")
-    return record
+def retrain(now: str | None = None) -> dict:
+    """Train where it is due, or for the reason that `now` gives; return what was done."""
+    workspace = settings()
+    result = retraining.retrain(workspace, now, wrap=as_task)
+    lines = retraining.in_words(result)
+    for line in lines:
+        get_run_logger().info(line)
+    create_markdown_artifact("\n\n".join(lines), key="retrain-verdict")
+    if result.summary:
+        table = [dict(zip(result.summary["columns"], row, strict=True)) for row in result.summary["rows"]]
+        create_table_artifact(table, key="retrain-metrics", description=result.summary["title"])
+    home(workspace)
+    return result.to_dict()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--serve", action="store_true", help="stay and retrain on the schedule of settings.ini")
-    parser.add_argument("--people", type=int, help="number of people in the town (from settings)")
-    parser.add_argument("--weeks", type=int, help="weeks to live before training (from settings)")
-    arguments = parser.parse_args()
-    if arguments.serve:
-        retrain.serve(name="scheduled", cron=settings().schedules.retrain)
-    else:
-        retrain(arguments.people, arguments.weeks)
+    parser.add_argument("--now", metavar="REASON", help="train now, whether due or not")
+    retrain(parser.parse_args().now)

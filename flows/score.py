@@ -5,24 +5,15 @@ The runner is [batch] runner in settings.ini; what is done already is not done a
 """
 
 import argparse
-import os
 from typing import Any
 
-for name, value in {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-}.items():
-    os.environ.setdefault(name, value)
-
-from prefect import flow, task, unmapped
-from prefect.artifacts import create_table_artifact
+from common import create_table_artifact, settings, task
+from prefect import flow, unmapped
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from calling_ai.core.errors import SettingsError
-from calling_ai.core.settings import BatchSettings, settings
+from calling_ai.core.settings import BatchSettings
 from calling_ai.operate import batch
 
 

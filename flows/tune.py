@@ -5,20 +5,10 @@ Started again under the same name, it goes on where it stopped.
 """
 
 import argparse
-import os
 
-for name, value in {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-}.items():
-    os.environ.setdefault(name, value)
+from common import create_table_artifact, settings, task
+from prefect import flow
 
-from prefect import flow, task
-from prefect.artifacts import create_table_artifact
-
-from calling_ai.core.settings import settings
 from calling_ai.operate.search import tune_model
 
 

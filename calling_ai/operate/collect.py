@@ -129,7 +129,7 @@ def record_town(
     heard = [book.record_outcomes(messages[start : start + rows]) for start in range(0, len(messages), rows)]
     return Recorded(sum(item.written for item in written), sum(item.written for item in heard), int((~new).sum()), sum(item.forgotten for item in [*written, *heard]))
 
-# %% ../../nbs/operate/collect.ipynb #631f0c30
+# %% ../../nbs/operate/collect.ipynb #f68d6f5d
 COLUMNS = ("opportunity_id", *FEATURE_NAMES, "formula_score", "calling_score", "explored")  # what the main job learns from
 
 @dataclass(frozen=True)
@@ -148,13 +148,15 @@ def collect(
     policy: Policy = Policy(),  # who is called
     evaluation: EvaluationSettings = EvaluationSettings(),  # what is held out
     workspace: str | Path | None = None,  # whose decision log is written; by default one in `folder`
+    lived: TownLog | None = None,         # a life that is in the log already, as `operate.loop` keeps it; by default they live `weeks` weeks now
 ) -> Collected:
     "Let people live under a policy, write it into the log, and make a snapshot of it, with the truth beside it."
-    lived = Town(bfi_people(people, seed=seed), seed=seed).simulate(weeks, policy=policy)
+    known = lived is not None
+    if lived is None: lived = Town(bfi_people(people, seed=seed), seed=seed).simulate(weeks, policy=policy)
     log, life, parts = lived.known_at(lived.ends_at), life_name(people, seed, policy), held_out(lived, evaluation)
     Path(folder).mkdir(parents=True, exist_ok=True)
     book = town_log(workspace or folder)
-    recorded = record_town(book, log, policy, life)
+    recorded = Recorded(0, 0, len(log), 0) if known else record_town(book, log, policy, life)
     starts, ends = (moment.to_pydatetime() for moment in (log.decisions["decided_at"].min(), log.ends_at))
     kept = snapshot(book, starts, ends, folder=folder, parts=parts, only={"policy_version": life}, columns=COLUMNS, created_from=f"decision log, {life}")
     truth = log.truth.assign(decision_id=derived_ids(log.decisions["decided_at"], log.decisions["record_id"], life)).set_index("decision_id")

@@ -323,9 +323,13 @@ class NotebookError(CallingError):
         self.run, self.cause = run, cause
         self.exit_code = getattr(getattr(errors, cause, None), "exit_code", 1)
 
-# %% ../../nbs/operate/notebooks.ipynb #08895d5d
+# %% ../../nbs/operate/notebooks.ipynb #c2c05a1d
 _CHILD = """
 import os, shutil, threading
+limit = int(os.environ.get("CALLING_AI_KERNEL_BYTES", "0"))
+if limit:
+    import resource
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 def follow_parent():
     while os.read(0, 1): pass
     import psutil
@@ -558,7 +562,7 @@ def _wait(process: subprocess.Popen[bytes], watch: _Watch, timeout: float | None
             raise TimeoutError(f"TimeoutError: not finished after {timeout:g} seconds")
     watch.look()
 
-# %% ../../nbs/operate/notebooks.ipynb #d1d431cc
+# %% ../../nbs/operate/notebooks.ipynb #9548ae32
 def _need_tools() -> None:
     for name in ("papermill", "nbformat", "ipykernel", "psutil"):
         if find_spec(name) is None: raise UnavailableError(f"running notebooks needs {name}: pip install 'calling-ai[flows]'")
@@ -570,6 +574,7 @@ def run_notebook(
     *,
     progress: Callable[[Progress], None] | None = None,  # called whenever something moved
     timeout: float | None = None,                        # seconds for the whole notebook
+    memory_gib: float = 0.0,                             # memory of the kernel, what is shared with others aside; 0 is no limit
     environment: Mapping[str, str] | None = None,        # added to the environment of the process
 ) -> NotebookRun:
     "Execute a notebook in a process of its own, in its folder; keep the executed copy; raise `NotebookError` when it fails."
@@ -578,7 +583,7 @@ def run_notebook(
     values, process = check_parameters(spec, parameters), None
     started_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with tempfile.TemporaryDirectory(prefix="calling-ai-", ignore_cleanup_errors=True) as folder:
-        scratch, everything = Path(folder), {**os.environ, **(environment or {})}
+        scratch, everything = Path(folder), {**os.environ, **(environment or {}), **({"CALLING_AI_KERNEL_BYTES": str(int(memory_gib * 2**30))} if memory_gib else {})}
         job = _Job(source, target, values, spec, scratch, everything, _prepare(source, values, scratch), started_at, time.monotonic(), sha256_file(source))
         try:
             with _signals(signal.SIGTERM, _on_terminate) if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else contextlib.nullcontext():

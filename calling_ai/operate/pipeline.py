@@ -14,7 +14,7 @@ __all__ = ['SOURCE', 'Progress', 'PAGES', 'STEPS', 'Run', 'next_weeks', 'start_r
            'train_calling_score', 'train_outcome', 'evaluate', 'compare', 'verdict', 'register', 'report', 'reported',
            'read_result', 'run_pipeline', 'summary']
 
-# %% ../../nbs/operate/pipeline.ipynb #63f99396
+# %% ../../nbs/operate/pipeline.ipynb #5036618f
 import contextlib
 import datetime
 import os
@@ -29,12 +29,13 @@ from ..core.errors import CallingError, NotFoundError, explain_os_error
 from ..core.files import read_json, sha256_file, write_json
 from ..core.records import Estimate, Record, explained
 from ..core.settings import Settings
+from .loop import lived_weeks
 from .notebooks import read_record, run_notebook
 from .overview import home
 from .reports import Headline, RunRecord, render, write_run
 from ..registry.versions import Registry, Version, VersionDraft, environment
 
-# %% ../../nbs/operate/pipeline.ipynb #efa8f741
+# %% ../../nbs/operate/pipeline.ipynb #96244b5b
 SOURCE = "town"  # what the models of the main job learn from
 Progress = Callable[[str, float, float, str], None]  # step, done, total, what is going on
 
@@ -63,7 +64,9 @@ class Run(Record):
 def next_weeks(
     workspace: Settings,  # settings of the workspace
 ) -> int:
-    "Return how long the town lives in the next run: some weeks longer than for the newest version, or the first weeks."
+    "Return how long the town lives in the next run: some weeks longer than now, or the first weeks."
+    on = lived_weeks(workspace)
+    if on: return on + workspace.town.further_weeks
     lived = [item.parameters.get("weeks", 0) for item in Registry(workspace.root).list() if item.source == SOURCE]
     return max(lived) + workspace.town.further_weeks if lived else workspace.town.weeks
 
@@ -76,13 +79,14 @@ def start_run(
     "Begin a run: give it a name and make its folder."
     if not (workspace.root / "nbs" / "pipelines" / "prepare.ipynb").is_file():
         raise NotFoundError(f"{workspace.root} is not a workspace: it has no nbs/pipelines; run this in a clone, or name one in CALLING_AI_WORKSPACE")
+    if weeks is None: weeks = lived_weeks(workspace) or next_weeks(workspace) if kind == "retrain" else next_weeks(workspace)
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    run = Run(run_id, kind, _now(), workspace.town.people if people is None else people, next_weeks(workspace) if weeks is None else weeks, workspace)
+    run = Run(run_id, kind, _now(), workspace.town.people if people is None else people, weeks, workspace)
     try: run.folder.mkdir(parents=True)
     except OSError as error: raise explain_os_error(error, f"making the folder of the run in {workspace.store.folder}") from error
     return run
 
-# %% ../../nbs/operate/pipeline.ipynb #9541ca5a
+# %% ../../nbs/operate/pipeline.ipynb #ac9884a9
 def _relative(run: Run, path: Path) -> str:
     return Path(os.path.relpath(path, run.settings.root / "nbs" / "pipelines")).as_posix()
 
@@ -108,7 +112,7 @@ def run_step(
     if progress: progress(label, 0, 1, "starting")
     try:
         run_notebook(run.settings.root / "nbs" / "pipelines" / f"{notebook}.ipynb", parameters | {"record": _relative(run, record)},
-                     executed, progress=show)
+                     executed, progress=show, timeout=60 * run.settings.schedules.step_minutes, memory_gib=run.settings.schedules.memory_gib)
     finally:
         if executed.is_file(): render(executed, run.reports / f"{name}.html", PAGES[name], navigation=[("All runs", "../index.html"), *_navigation(run)])
     if progress: progress(label, 1, 1, "")
@@ -130,15 +134,19 @@ def champions(
         with contextlib.suppress(NotFoundError): found[model] = Registry(workspace.root).get(model, "champion")
     return found
 
-# %% ../../nbs/operate/pipeline.ipynb #8a261429
+# %% ../../nbs/operate/pipeline.ipynb #9068e367
 def prepare(run: Run, progress: Progress | None = None) -> dict[str, Any]:
-    "Let the town live, and write snapshot and truth."
+    "Let the town live, or take what it has lived through, and write snapshot and truth."
     policy, evaluation = run.settings.policy, run.settings.evaluation
+    on = lived_weeks(run.settings)
+    if on and run.weeks > on:
+        from calling_ai.operate.loop import live_on
+        live_on(run.settings, run.weeks - on)
     return run_step(run, "prepare", {
         "people": run.people, "weeks": run.weeks, "seed": run.settings.town.seed, "gate": policy.gate, "threshold": policy.threshold,
         "exploration": policy.exploration, "test_weeks": evaluation.test_weeks, "test_share": evaluation.test_share,
         "validation_share": evaluation.validation_share, "folder": _relative(run, run.settings.var / "snapshots"),
-        "workspace": _relative(run, run.settings.root)}, progress=progress)
+        "workspace": _relative(run, run.settings.root), "lives": not on}, progress=progress)
 
 def train(run: Run, model: str, progress: Progress | None = None) -> dict[str, Any]:
     "Train, calibrate, export and verify one model."
@@ -178,7 +186,7 @@ def compare(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         **{f"champion_{model}_version": version.version for model, version in champion.items()},
         "replicates": evaluation.replicates, "confidence": evaluation.confidence}, progress=progress)
 
-# %% ../../nbs/operate/pipeline.ipynb #6e1ea092
+# %% ../../nbs/operate/pipeline.ipynb #4e85e631
 def verdict(
     comparison: dict[str, Any] | None,  # of one model, as the notebook wrote it; none when there is no champion
 ) -> str:  # first, better, worse or cannot tell
@@ -186,7 +194,7 @@ def verdict(
     return "first" if comparison is None else str(comparison["verdict"])
 
 def register(run: Run, progress: Progress | None = None) -> dict[str, Any]:
-    "Register both models of a run in one transaction; a second call finds them registered."
+    "Register both models of a run in one transaction; a second call finds them registered. What is better becomes champion, or stays in staging where a rollout follows."
     from calling_ai.operate.candidates import check_golden
     from calling_ai.operate.releases import ensure_release
     if progress: progress("register", 0, 1, "")
@@ -201,10 +209,12 @@ def register(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         drafts = [VersionDraft(
             model=model, source=SOURCE, file=_absolute(run, item["file"]), metrics=evaluated["metrics"][model],
             snapshot_digest=read_record(run.folder / "prepare.json")["snapshot"]["digest"], notebook_digests=digests,
-            parameters=item["parameters"] | {"run_id": run.run_id, "people": run.people, "weeks": run.weeks},
+            parameters=item["parameters"] | {"run_id": run.run_id, "people": run.people, "weeks": run.weeks, "verdict": verdicts[model],
+                                             "trained_until": read_record(run.folder / "prepare.json").get("until")},
             seeds={"town": run.settings.town.seed, "training": run.settings.training.seed}, environment=environment(),
             parent=champion[model].version if model in champion else None) for model, item in trained.items()]
-        promote = {model: "champion" for model, word in verdicts.items() if word in ("first", "better")}
+        direct = ("first",) if run.kind == "retrain" and run.settings.retraining.rollout == "shadow" else ("first", "better")
+        promote = {model: "champion" for model, word in verdicts.items() if word in direct}
         registered = registry.register(drafts, promote, check=lambda draft, path: check_golden(path, trained[draft.model]["golden"]),
                                        actor=f"run {run.run_id}", evidence={"verdict": verdicts, "comparison": compared})
         done = {item.model: item for item in registered}

@@ -48,7 +48,7 @@ from ..store.decisions import DecisionLog
 from ..store.migrations import ensure
 from ..store.schema import decisions
 
-# %% ../../nbs/operate/rollout.ipynb #8976afcb
+# %% ../../nbs/operate/rollout.ipynb #190f3ccc
 def current(
     registry: Registry,
 ) -> Rollout | None:
@@ -59,11 +59,12 @@ def current(
 def clock(
     workspace: Settings,
 ) -> dt.datetime:
-    "Return the time by which the log is judged: now, or just after its last decision, whichever is later."
-    now, book = dt.datetime.now(dt.UTC), DecisionLog.open(workspace)
+    "Return the time by which the log is judged: now, or where the last decision is one of a town, just after it."
+    book, last = DecisionLog.open(workspace), sa.select(decisions.c.recorded_at, decisions.c.policy_version).order_by(decisions.c.recorded_at.desc()).limit(1)
     ensure(book.database)
-    with reading(book.database) as connection: last = connection.scalar(sa.select(sa.func.max(decisions.c.recorded_at)))
-    return now if last is None else max(now, last + dt.timedelta(seconds=1))
+    with reading(book.database) as connection: found = connection.execute(last).first()
+    lives = found is not None and (found.policy_version or "").startswith("town-")
+    return found.recorded_at + dt.timedelta(seconds=1) if found is not None and lives else dt.datetime.now(dt.UTC)
 
 def _running(registry: Registry) -> tuple[Rollout, int]:
     "Return the rollout that is not over, and its entry in the ledger."

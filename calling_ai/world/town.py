@@ -14,13 +14,13 @@ __all__ = ['COMPANY', 'KINDS', 'LATENT', 'SLOTS', 'ACTIONS', 'TYPES', 'AnyPolicy
            'Spots', 'make_spots', 'Residents', 'make_residents', 'weather', 'reach', 'sample_spots', 'Offers',
            'favourite_hour', 'favourite_day', 'is_closed', 'week_offers', 'Surroundings', 'surroundings', 'taste_match',
            'effects', 'default_hour', 'default_day', 'observed', 'expected_score', 'Happenings', 'happenings', 'delays',
-           'TownLog', 'BestPolicy', 'choose', 'TownState', 'Town', 'best_policy', 'policy_value']
+           'TownLog', 'BestPolicy', 'PeoplePolicy', 'choose', 'TownState', 'Town', 'best_policy', 'policy_value']
 
-# %% ../../nbs/world/town.ipynb #e211ef69
+# %% ../../nbs/world/town.ipynb #f4e72da0
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -572,13 +572,25 @@ class TownLog(Record):
         "Return the decisions with the truth beside them."
         return pd.concat([self.decisions, self.truth.drop(columns="record_id")], axis=1)
 
-# %% ../../nbs/world/town.ipynb #9521a3d7
+# %% ../../nbs/world/town.ipynb #334a2d68
 @dataclass(frozen=True)
 class BestPolicy(Record):
     "The policy that knows the truth: call when the expected score of a call exceeds that of silence by a margin."
     margin: float = explained("what a call must be expected to bring above a neutral outcome", default=0.0)
 
-AnyPolicy = Policy | BestPolicy | Callable[[np.ndarray, np.ndarray], Decisions]
+@runtime_checkable
+class PeoplePolicy(Protocol):
+    "A policy that also wants to know who is asked about, because not everybody gets the same."
+
+    def for_people(self,
+        features: np.ndarray,  # n x 45, NaN = missing
+        ids: np.ndarray,       # n record identifiers
+        person: np.ndarray,    # n positions among the residents
+    ) -> Decisions:
+        "Decide for some people."
+        ...
+
+AnyPolicy = Policy | BestPolicy | PeoplePolicy | Callable[[np.ndarray, np.ndarray], Decisions]
 
 def choose(
     policy: AnyPolicy,
@@ -586,6 +598,7 @@ def choose(
     formula_score: np.ndarray,  # n values
     expected: np.ndarray,       # n expected scores of a call; for `BestPolicy` only
     ids: np.ndarray,            # n record identifiers
+    person: np.ndarray | None = None,  # n positions among the residents, for a policy that has `for_people`
 ) -> Decisions:
     "Let a policy decide."
     if isinstance(policy, Policy): return decide(formula_score, policy=policy, decision_ids=ids)
@@ -593,7 +606,8 @@ def choose(
         called = expected > 0.5 + policy.margin
         zero = np.zeros(len(ids))
         return Decisions(formula_score, formula_score, expected, zero, called, called.astype(float), zero.astype(bool))
-    decisions = policy(features, ids)
+    if isinstance(policy, PeoplePolicy): decisions = policy.for_people(features, ids, np.zeros(len(ids), dtype=np.int64) if person is None else person)
+    else: decisions = policy(features, ids)
     if not isinstance(decisions, Decisions) or len(decisions) != len(ids):
         raise InputError(f"policy returned {type(decisions).__name__}: a callable policy must return Decisions, one for each of the {len(ids)} rows")
     return decisions
@@ -631,7 +645,7 @@ class TownState:
         self.load[who] = self.load_at(who, at[first], half_life) + number
         self.updated[who] = at[first]
 
-# %% ../../nbs/world/town.ipynb #ae04b320
+# %% ../../nbs/world/town.ipynb #16cfc9dc
 DAY = 86_400.0  # seconds
 
 @dataclass(frozen=True)
@@ -659,7 +673,7 @@ def _live_slot(week: _Week, rows: slice, state: TownState, policy: AnyPolicy, op
     features[:, receptivity] = np.round(np.clip(features[:, receptivity] - 0.06 * tired, 0, 1), 4)
     logit = week.logit[rows] - options.fatigue * tired
     expected, score = expected_score(logit, options), formula(features).formula_score
-    decisions = choose(policy, features.copy(), score, expected, week.ids[rows])
+    decisions = choose(policy, features.copy(), score, expected, week.ids[rows], person)
     result = happenings(logit, offers.draws[rows], options)
     happens, arrives, again = delays(result.action, offers.draws[rows, 4:7], offers.normals[rows, 11:14], options)
     found = dict(zip(_FILLED, (score, decisions.calling_score, decisions.called, decisions.propensity, decisions.explored, _echo(logit),
