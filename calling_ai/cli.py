@@ -9,11 +9,12 @@ wrong usage, 3 when a gate refused and 130 after Ctrl-C. An error is one line; t
 # %% auto #0
 __all__ = ['app', 'Json', 'versions_app', 'By', 'Reason', 'Moment', 'database_app', 'experiment_app', 'rollout_app', 'alerts_app',
            'ModelName', 'Kind', 'run', 'train', 'tune', 'score', 'generate', 'versions', 'log_versions', 'versions_at',
-           'promote_versions', 'rollback_versions', 'archive_version', 'verify_versions', 'doctor', 'list_runs',
-           'snapshot', 'quality', 'baseline', 'report', 'forget', 'upgrade_database', 'downgrade_database',
-           'show_database', 'backup_database', 'drain_database', 'analyse_experiment', 'design_experiment',
-           'simulate_experiment', 'retrain_models', 'rollout', 'begin_rollout', 'step_rollout', 'pause_rollout',
-           'resume_rollout', 'approve_rollout', 'abort_rollout', 'alerts', 'close_alert', 'verify', 'main', 'monitor']
+           'promote_versions', 'rollback_versions', 'archive_version', 'compare_two', 'reproduce_version',
+           'verify_versions', 'doctor', 'list_runs', 'snapshot', 'quality', 'baseline', 'report', 'forget',
+           'upgrade_database', 'downgrade_database', 'show_database', 'backup_database', 'drain_database',
+           'analyse_experiment', 'design_experiment', 'simulate_experiment', 'retrain_models', 'rollout',
+           'begin_rollout', 'step_rollout', 'pause_rollout', 'resume_rollout', 'approve_rollout', 'abort_rollout',
+           'alerts', 'close_alert', 'verify', 'main', 'monitor']
 
 # %% ../nbs/cli.ipynb #edc48999
 import contextlib
@@ -201,7 +202,7 @@ def generate(
     write_table(frame, output)
     _console(stderr=True).print(f"{len(frame):,} rows of kind {kind.value}, seed {seed}, written to {output}", soft_wrap=True)
 
-# %% ../nbs/cli.ipynb #8c52d77c
+# %% ../nbs/cli.ipynb #48bcbff0
 versions_app = typer.Typer(invoke_without_command=True, help="List the versions, tell what changed, and change what is live.")
 app.add_typer(versions_app, name="versions")
 By = Annotated[str, typer.Option("--by", help="Who does it; written into the ledger.", show_default="the name of the account")]
@@ -309,6 +310,40 @@ def archive_version(
     from calling_ai.registry.versions import Registry
     found = Registry(settings().root).archive(model.value, version, _who(by), reason)
     _console().print(f"{model.value} {found.version} is archived", soft_wrap=True)
+
+@versions_app.command("compare")
+def compare_two(
+    first: Annotated[str, typer.Argument(help="Name or alias of a version.")],
+    second: Annotated[str, typer.Argument(help="Name or alias of another.")],
+    model: Annotated[ModelName | None, typer.Option(help="Which model.", show_default="the one that has both")] = None,
+    snapshot: Annotated[Path | None, typer.Option(help="Parquet snapshot with held-out decisions.", show_default="the newest")] = None,
+    as_json: Json = False,
+) -> None:
+    "Hold two versions against each other on the same held-out decisions."
+    from calling_ai.operate.compare import compare_versions
+    found = compare_versions(settings(), first, second, model.value if model else None, snapshot)
+    if as_json: return _print_json(found)
+    def text(item: Any) -> str: return f"{item['value']:.4f} [{item['lower']:.4f}, {item['upper']:.4f}]"
+    rows = [[name.replace("_", " "), text(item["champion"]), text(item["challenger"]), f"{item['difference']['value']:+.4f} [{item['difference']['lower']:+.4f}, {item['difference']['upper']:+.4f}]", item["verdict"]]
+            for name, item in found.metrics.items()]
+    console = _console()
+    console.print(_table(f"{found.model} on {found.rows:,} held-out decisions of {found.people:,} people", ["metric", found.first, found.second, "difference", f"{found.second} is"], rows, fold=False))
+    console.print(f"report: {os.path.relpath(found.report)}", soft_wrap=True)
+
+@versions_app.command("reproduce")
+def reproduce_version(
+    version: Annotated[str, typer.Argument(help="Name or alias of the version.")],
+    model: Annotated[ModelName | None, typer.Option(help="Which model.", show_default="both, where both have it")] = None,
+    as_json: Json = False,
+) -> None:
+    "Train a version again from its snapshot; ends with 1 when weights or metrics differ."
+    from calling_ai.operate.reproduce import reproduce
+    found = reproduce(settings(), version, model.value if model else None)
+    if as_json: _print_json(found)
+    for item in () if as_json else found:
+        mark = {True: "same", False: "differs", None: "–"}
+        _console().print(_table(f"{item.model} {item.version}: {'reproduced' if item.is_same else 'not reproduced'}", ["what", "found", ""], [[part.name, part.found, mark[part.same]] for part in item.items], fold=False))
+    if not all(item.is_same for item in found): raise typer.Exit(1)
 
 @versions_app.command("verify")
 def verify_versions(

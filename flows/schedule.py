@@ -38,7 +38,7 @@ def serve() -> None:
         for name, cron in crons.items()
         if cron
     ]
-    prefect.serve(*deployments, limit=1, pause_on_shutdown=False)
+    prefect.serve(*deployments, limit=2, pause_on_shutdown=False)
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float = 120) -> None:

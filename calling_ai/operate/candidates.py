@@ -12,7 +12,7 @@ stand on these four."""
 __all__ = ['JUDGED_BY', 'REPORTED', 'GOLDEN', 'LabelledRows', 'person_split', 'labelled_rows', 'predict', 'answer_afresh',
            'check_golden', 'golden_moments', 'Candidate', 'fit', 'judge']
 
-# %% ../../nbs/operate/candidates.ipynb #58787408
+# %% ../../nbs/operate/candidates.ipynb #bfc9669f
 import json
 import os
 import re
@@ -33,7 +33,7 @@ from ..models.evaluation import Comparison, compare_paired, estimate_metrics
 from ..models.graph import export, verify
 from ..models import networks
 from ..models.networks import default_spec
-from ..models.training import Trained, default_options, train
+from ..models.training import Trained, TrainingOptions, default_options, train
 from ..score.policy import uniforms
 from ..serve.scorer import Scorer
 
@@ -169,7 +169,7 @@ def check_golden(
     if not largest <= tolerance: raise RefusedError(f"{Path(file).name} differs by {largest:.1e} from the answers written down in training; at most {tolerance:g} is accepted")
     return largest
 
-# %% ../../nbs/operate/candidates.ipynb #40d84fe7
+# %% ../../nbs/operate/candidates.ipynb #cf790ad7
 GOLDEN = 128  # moments whose answers are kept with a candidate
 
 def golden_moments(
@@ -207,11 +207,14 @@ def fit(
     seed: int = 0,             # seed of initial weights and batches
     epochs: int = 0,           # largest number of passes; 0 is the model's own
     replicates: int = 200,     # bootstrap replicates of the intervals
+    *,
+    spec: networks.NetworkSpec | None = None,  # by default that of the model
+    options: TrainingOptions | None = None,    # by default those of the model, with seed and epochs
 ) -> Candidate:
     "Train, calibrate, export and verify one model."
     learn, check = rows.part("train"), rows.part("validation")
-    options = default_options(check_model(model), seed=seed, **({"epochs": epochs} if epochs else {}))
-    trained = train(default_spec(model), learn.features, learn.target, (check.features, check.target), weights=learn.weight,
+    options = options or default_options(check_model(model), seed=seed, **({"epochs": epochs} if epochs else {}))
+    trained = train(spec or default_spec(model), learn.features, learn.target, (check.features, check.target), weights=learn.weight,
                     validation_weights=check.weight, options=options)
     file = Path(folder) / f"{model}.onnx"
     digest = export(trained.network, file, {"rows": str(len(learn))})

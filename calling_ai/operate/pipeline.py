@@ -186,7 +186,7 @@ def compare(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         **{f"champion_{model}_version": version.version for model, version in champion.items()},
         "replicates": evaluation.replicates, "confidence": evaluation.confidence}, progress=progress)
 
-# %% ../../nbs/operate/pipeline.ipynb #4e85e631
+# %% ../../nbs/operate/pipeline.ipynb #9202d78a
 def verdict(
     comparison: dict[str, Any] | None,  # of one model, as the notebook wrote it; none when there is no champion
 ) -> str:  # first, better, worse or cannot tell
@@ -209,7 +209,7 @@ def register(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         drafts = [VersionDraft(
             model=model, source=SOURCE, file=_absolute(run, item["file"]), metrics=evaluated["metrics"][model],
             snapshot_digest=read_record(run.folder / "prepare.json")["snapshot"]["digest"], notebook_digests=digests,
-            parameters=item["parameters"] | {"run_id": run.run_id, "people": run.people, "weeks": run.weeks, "verdict": verdicts[model],
+            parameters=item["parameters"] | {"run_id": run.run_id, "people": run.people, "weeks": run.weeks, "verdict": verdicts[model], "validation": item["metrics"],
                                              "trained_until": read_record(run.folder / "prepare.json").get("until")},
             seeds={"town": run.settings.town.seed, "training": run.settings.training.seed}, environment=environment(),
             parent=champion[model].version if model in champion else None) for model, item in trained.items()]
