@@ -12,9 +12,9 @@ __all__ = ['app', 'Json', 'versions_app', 'By', 'Reason', 'Moment', 'database_ap
            'promote_versions', 'rollback_versions', 'archive_version', 'compare_two', 'reproduce_version',
            'verify_versions', 'doctor', 'list_runs', 'snapshot', 'quality', 'baseline', 'report', 'forget',
            'upgrade_database', 'downgrade_database', 'show_database', 'backup_database', 'drain_database',
-           'analyse_experiment', 'design_experiment', 'simulate_experiment', 'retrain_models', 'rollout',
-           'begin_rollout', 'step_rollout', 'pause_rollout', 'resume_rollout', 'approve_rollout', 'abort_rollout',
-           'alerts', 'close_alert', 'verify', 'main', 'monitor']
+           'analyse_experiment', 'design_experiment', 'simulate_experiment', 'retrain_models', 'learn_online',
+           'rollout', 'begin_rollout', 'step_rollout', 'pause_rollout', 'resume_rollout', 'approve_rollout',
+           'abort_rollout', 'alerts', 'close_alert', 'verify', 'main', 'monitor']
 
 # %% ../nbs/cli.ipynb #edc48999
 import contextlib
@@ -644,6 +644,25 @@ def retrain_models(
     with _steps(as_json) as show: result = retrain(workspace, now, progress=show)
     if as_json: return _print_json(result)
     for line in in_words(result): console.print(line, soft_wrap=True)
+
+# %% ../nbs/cli.ipynb #8d984a67
+@app.command("learn")
+def learn_online(
+    model: Annotated[ModelName | None, typer.Option(help="Which model.", show_default="both, where both are live")] = None,
+    publish: Annotated[bool, typer.Option("--publish", help="Register a state that is shown to be better, in staging.")] = False,
+    as_json: Json = False,
+) -> None:
+    "Learn online from the outcomes received since the last time."
+    from calling_ai.operate.online import learn
+    from calling_ai.registry.versions import Registry
+    workspace = settings()
+    names = [model.value] if model else [name for name, parts in Registry(workspace.root).aliases().items() if "champion" in parts]
+    found = [learn(workspace, name, publish) for name in names]
+    if as_json: return _print_json(found)
+    if not found: return _console().print("no model is live yet; make one with: calling-ai run", soft_wrap=True)
+    rows = [[item.model, item.base, f"{item.rows:,}", f"{item.waiting:,}", str(item.worth.difference or "too early"), item.worth.verdict, f"{item.change:.3f}",
+             "fell back" if item.fell_back else item.published or "–"] for item in found]
+    _console().print(_table("Learned online (loss less that of the full model, at all times together)", ["model", "corrects", "new", "waiting", "loss", "verdict", "change", "what follows"], rows, fold=False))
 
 # %% ../nbs/cli.ipynb #e458d809
 rollout_app = typer.Typer(help="See how a new version reaches everybody; begin, step, pause, resume, approve or abort it.")

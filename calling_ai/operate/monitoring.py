@@ -348,7 +348,7 @@ def measure_log(
                      measure_groups(shown[shown["group"].notna()], shown["group"].dropna().to_numpy(), delays, calibration, confidence), delays, calibration,
                      change_since(frame, weights, live, workspace.experiment.harm), watch, features, scores[0], scores[1], quality)
 
-# %% ../../nbs/operate/monitoring.ipynb #1e5b4fd0
+# %% ../../nbs/operate/monitoring.ipynb #7b2a38ab
 @dataclass(frozen=True)
 class Finding(Record):
     "Something that needs a person."
@@ -372,7 +372,7 @@ def _drift_findings(items: Sequence[Drifted], watch: Watch | None) -> list[Findi
         text = (f"mean {item.now:.3f}, was {item.before:.3f} ({item.shift:+.2f} standard deviations), spread x{item.spread:.2f}, missing {item.missing_now:.1%}, was {item.missing_before:.1%}; this moves the mean score by "
                 f"{item.score_effect:+.4f} and the share of calls by {item.call_effect:+.2%}; named on {item.named}, expected false alarms at most {watch.budget:.3g} for this reference")
         found.append(Finding(f"drift:{item.name}", "warning" if matters else "info", f"{item.name.replace('_', ' ').capitalize()} drifts", text, "calling-ai retrain", item.name,
-                             {"shift": item.shift, "score_effect": item.score_effect, "call_effect": item.call_effect, "log_evalue": item.log_evalue}))
+                             {"named": item.named, "shift": item.shift, "score_effect": item.score_effect, "call_effect": item.call_effect, "log_evalue": item.log_evalue}))
     return found
 
 def _beyond(frame: Group, before: Group | None, margin: float, name: str) -> str | None:

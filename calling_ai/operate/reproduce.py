@@ -61,7 +61,7 @@ def _notebook(workspace: Settings, version: Version) -> list[Item]:
     equal = code(kept) == code(source)
     return [*items, Item("notebook today", "says the same" if equal else "has changed since", equal)]
 
-# %% ../../nbs/operate/reproduce.ipynb #1e3f1e6f
+# %% ../../nbs/operate/reproduce.ipynb #1604f4f7
 def reproduce(
     workspace: Settings,
     version: str,              # name or alias
@@ -74,6 +74,7 @@ def reproduce(
     return [_again(workspace, registry, registry.get(name, version)) for name in models]
 
 def _again(workspace: Settings, registry: Registry, known: Version) -> Reproduced:
+    if "online" in known.parameters: raise NotFoundError(f"{known.model} {known.version} was learned online, as a correction of {known.parent}: reproduce that one; the correction lives from the order in which outcomes came")
     if not known.snapshot_digest: raise NotFoundError(f"{known.model} {known.version} names no snapshot: it cannot be trained again")
     try: frame = read_snapshot(workspace.var / "snapshots", known.snapshot_digest)
     except NotFoundError as error: raise NotFoundError(f"{known.model} {known.version} was trained from the snapshot {known.snapshot_digest[:12]}, which is not there any more: {error}") from None

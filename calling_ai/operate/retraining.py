@@ -37,7 +37,7 @@ from ..store.migrations import ensure
 from ..store.runs import Claim, Run, claim, listed, skip
 from ..store.schema import outcomes
 
-# %% ../../nbs/operate/retraining.ipynb #49868acc
+# %% ../../nbs/operate/retraining.ipynb #63ec8cf2
 @dataclass(frozen=True)
 class Due(Record):
     "Whether a training is due."
@@ -73,7 +73,7 @@ def due(
     passed = (moment - last) / dt.timedelta(days=chosen.days)
     count = max(0, math.floor(passed + 1e-9))
     periods = tuple(last + dt.timedelta(days=chosen.days) * number for number in range(max(1, count - 365), count + 1)) if count else ()
-    drifted = [alert for alert in open_alerts(workspace) if alert.key.startswith("drift:") and alert.first_at > last]
+    drifted = [alert for alert in open_alerts(workspace) if alert.key.startswith("drift:") and str(alert.facts.get("named", "")) > f"{last.astimezone(dt.UTC):%Y-%m-%d}"]
     if periods: return Due(True, f"{passed * chosen.days:.1f} days have passed, {chosen.days:g} are planned", last, samples, periods)
     if samples >= chosen.samples: return Due(True, f"{samples:,} new outcomes, {chosen.samples:,} are enough", last, samples, ())
     if drifted: return Due(True, f"{drifted[0].subject or drifted[0].title} has drifted", last, samples, ())
