@@ -10,11 +10,9 @@ a state is a model like any other; an empty correction is the network itself, an
 # %% auto #0
 __all__ = ['MEMORY', 'Correction', 'OnlineLearner', 'with_correction']
 
-# %% ../../nbs/models/online.ipynb #c475dfa7
+# %% ../../nbs/models/online.ipynb #49c38c6f
 import io
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,7 +165,7 @@ class OnlineLearner:
         except Exception as error: raise IntegrityError(f"state of the online learner cannot be read ({type(error).__name__}): delete it, and it begins anew") from error
         return made
 
-# %% ../../nbs/models/online.ipynb #bf1945dc
+# %% ../../nbs/models/online.ipynb #ab20a4e7
 def with_correction(
     data: bytes,              # an exported network
     correction: Correction,   # for as many features as it reads
@@ -185,23 +183,23 @@ def with_correction(
     held = {"centre": correction.centre, "inverse": 1 / correction.scale, "weights": correction.weights[:, None], "bias": np.array([correction.bias]), "low": np.array(_EDGE), "high": np.array(1 - _EDGE),
             "one": np.array(1.0), "last": np.array([1], dtype=np.int64)}
     for key, value in held.items(): graph.initializer.append(numpy_helper.from_array(np.asarray(value, dtype=value.dtype if value.dtype == np.int64 else np.float64), f"online_{key}"))
-    def node(operator: str, inputs: list[str], output: str, **attributes: Any) -> None:
+    def add(operator: str, inputs: list[str], output: str, **attributes: Any) -> None:
         graph.node.append(helper.make_node(operator, [item if item in ("features", "online_base") or item.startswith("~") else f"online_{item}" for item in inputs], [output if output == name else f"online_{output}"], **attributes))
-    node("Cast", ["features"], "features64", to=TensorProto.DOUBLE)
-    node("IsNaN", ["features64"], "gaps")
-    node("Where", ["gaps", "centre", "features64"], "filled")
-    node("Sub", ["filled", "centre"], "moved")
-    node("Mul", ["moved", "inverse"], "inputs")
-    node("MatMul", ["inputs", "weights"], "sums")
-    node("Squeeze", ["sums", "last"], "sum")
-    node("Add", ["sum", "bias"], "shift")
-    node("Cast", ["online_base"], "base64", to=TensorProto.DOUBLE)
-    node("Clip", ["base64", "low", "high"], "inside")
-    node("Sub", ["one", "inside"], "rest")
-    node("Div", ["inside", "rest"], "ratio")
-    node("Log", ["ratio"], "odds")
-    node("Add", ["odds", "shift"], "total")
-    node("Sigmoid", ["total"], "answer")
-    node("Cast", ["answer"], name, to=TensorProto.FLOAT)
+    add("Cast", ["features"], "features64", to=TensorProto.DOUBLE)
+    add("IsNaN", ["features64"], "gaps")
+    add("Where", ["gaps", "centre", "features64"], "filled")
+    add("Sub", ["filled", "centre"], "moved")
+    add("Mul", ["moved", "inverse"], "inputs")
+    add("MatMul", ["inputs", "weights"], "sums")
+    add("Squeeze", ["sums", "last"], "sum")
+    add("Add", ["sum", "bias"], "shift")
+    add("Cast", ["online_base"], "base64", to=TensorProto.DOUBLE)
+    add("Clip", ["base64", "low", "high"], "inside")
+    add("Sub", ["one", "inside"], "rest")
+    add("Div", ["inside", "rest"], "ratio")
+    add("Log", ["ratio"], "odds")
+    add("Add", ["odds", "shift"], "total")
+    add("Sigmoid", ["total"], "answer")
+    add("Cast", ["answer"], name, to=TensorProto.FLOAT)
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())

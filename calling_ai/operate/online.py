@@ -10,7 +10,7 @@ shown to be better may be published: a version like any other, in staging, check
 # %% auto #0
 __all__ = ['LOSSES', 'BURN_IN', 'WINDOW', 'ERROR', 'Worth', 'worth_of', 'new_rows', 'Learned', 'learn']
 
-# %% ../../nbs/operate/online.ipynb #c9fe443e
+# %% ../../nbs/operate/online.ipynb #58389f24
 import dataclasses
 import datetime as dt
 import io
@@ -34,7 +34,7 @@ from ..models.tuning import row_loss
 from ..models.networks import default_spec
 from ..models.online import Correction, OnlineLearner, with_correction
 from .alerts import tell
-from .candidates import GOLDEN, check_golden, golden_moments, predict
+from .candidates import check_golden, golden_moments, predict
 from .rollout import clock
 from ..registry.versions import Registry, Version, VersionDraft
 from ..store.decisions import DecisionLog
