@@ -10,8 +10,7 @@ shown to be better may be published: a version like any other, in staging, check
 # %% auto #0
 __all__ = ['LOSSES', 'BURN_IN', 'WINDOW', 'ERROR', 'Worth', 'worth_of', 'new_rows', 'Learned', 'learn']
 
-# %% ../../nbs/operate/online.ipynb #58389f24
-import dataclasses
+# %% ../../nbs/operate/online.ipynb #92db42b1
 import datetime as dt
 import io
 import json
@@ -24,8 +23,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.contract import FEATURE_NAMES, MODELS, POSITIVE, feature_table
-from ..core.errors import IntegrityError, NotFoundError, RefusedError
+from ..core.contract import FEATURE_NAMES, POSITIVE, feature_table
+from ..core.errors import IntegrityError
 from ..core.files import write_bytes
 from ..core.records import Estimate, Record, explained
 from ..core.settings import Settings
