@@ -136,7 +136,7 @@ def score_file(
             "versions": ", ".join(f"{model} {name}" for model, name in scorer.versions.items()) or "the formula alone",
             "paths": count_ways(scores)}
 
-# %% ../../nbs/operate/commands.ipynb #9166bdd6
+# %% ../../nbs/operate/commands.ipynb #77c4346d
 HOUR = 3_600.0
 
 def _leftovers(workspace: Settings, now: float) -> list[Path]:
@@ -181,6 +181,8 @@ def examine(
         found = {*_leftovers(workspace, time.time()), *removable(registry, HOUR)}
         if not fix: return (f"{len(found)} files of crashed runs; remove them with: calling-ai doctor --fix" if found else "nothing left behind"), not found
         clean(registry, HOUR)
+        for version in registry.list() if registry.remote else ():
+            if registry.remote is not None: registry.remote.put(registry.load_file(version), "models")
         for path in found:
             if path.name.endswith(".part"): path.unlink(missing_ok=True)
         return f"{sum(not path.exists() for path in found)} files of crashed runs removed", True

@@ -14,7 +14,7 @@ __all__ = ['ALIASES', 'STATUSES', 'versions_table', 'aliases_table', 'events_tab
            'VersionDraft', 'Version', 'Event', 'restore_estimates', 'keep_file', 'number_next', 'Release',
            'release_key', 'Registry', 'Change', 'Live', 'live_of']
 
-# %% ../../nbs/registry/versions.ipynb #a1a7cec2
+# %% ../../nbs/registry/versions.ipynb #ae317534
 import contextlib
 import datetime as dt
 import importlib.metadata
@@ -37,6 +37,7 @@ from ..core.files import atomic_path, read_checked, sha256_file, to_json
 from ..core.records import Estimate, Record, explained
 from ..core.settings import settings
 from .ledger import GENESIS, entry_digest
+from .storage import Remote
 from ..store.database import Moment, engine, metadata, reading, writing
 from ..store.migrations import ensure
 from ..store.schema import facts
@@ -200,7 +201,7 @@ def release_key(
     "Return what a release of these versions is known by."
     return "+".join(versions[model].digest if model in versions else "-" for model in MODELS)
 
-# %% ../../nbs/registry/versions.ipynb #4386626d
+# %% ../../nbs/registry/versions.ipynb #1ec73f70
 class Registry:
     "The versions of a workspace."
 
@@ -209,6 +210,7 @@ class Registry:
     ) -> None:
         found = settings(root)
         self.folder, self.releases = found.var / "models", found.var / "releases"
+        self.remote = Remote(found.store.models) if found.store.models else None
         self.database = engine(found.database_url)
 
     def register(self,
@@ -227,6 +229,7 @@ class Registry:
         kept = [keep_file(draft.file, self.folder) for draft in drafts]
         for draft, path in zip(drafts, kept, strict=True):
             if check is not None: check(draft, path)
+        for path in kept: self._share(path, "models")
         with self.changing(actor) as change:
             for draft, path in zip(drafts, kept, strict=True): _still_there(path, draft.file)
             names = [change.insert(draft, path) for draft, path in zip(drafts, kept, strict=True)]
@@ -342,7 +345,9 @@ class Registry:
         version: Version,  # from `get` or `list`
     ) -> bytes:
         "Return the content of the model file, after its size and digest were compared with what was registered."
-        return read_checked(self.folder / f"{version.digest}.onnx", version.digest, version.size, f"model file of {version.model} {version.version}",
+        path = self.folder / f"{version.digest}.onnx"
+        if self.remote is not None and not path.is_file(): self.remote.fetch(path, "models")
+        return read_checked(path, version.digest, version.size, f"model file of {version.model} {version.version}",
                             f"restore {version.digest}.onnx from a backup, or train again")
 
     def load_file(self,
@@ -359,6 +364,7 @@ class Registry:
     ) -> Release:
         "Keep a release of versions, and write down that it is theirs; the same file again changes nothing."
         key, kept = release_key(versions), keep_file(file, self.releases)
+        self._share(kept, "releases")
         with self.changing(actor) as change:
             _still_there(kept, file)
             known = _last_release(change.connection, key)
@@ -388,6 +394,10 @@ class Registry:
         known = {f"{version.digest}.onnx" for version in self.list()}  # after the folders: what is kept since then is not seen
         known |= {f"{event.after}.onnx" for event in self.events() if event.action == "release"}
         return tuple(path for path in on_disk if path.name not in known)
+
+    def _share(self, path: Path, kind: str) -> None:
+        "Keep a file where `[store] models` says, before anything refers to it."
+        if self.remote is not None: self.remote.put(path, kind)
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[Connection | None]:

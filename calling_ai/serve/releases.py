@@ -300,7 +300,7 @@ class Memory:
         with contextlib.suppress(CallingError, OSError):
             if (wanted, good) != self.recall(): write_json(self.file, {"database": self.database, "wanted": wanted, "good": good})
 
-# %% ../../nbs/serve/releases.ipynb #6764e3b4
+# %% ../../nbs/serve/releases.ipynb #273fc2eb
 @dataclass(frozen=True)
 class Opened(Record):
     "What was opened, and why it is not what was wanted."
@@ -333,6 +333,7 @@ def open_network(
     "Open a registered network, and let it prove itself."
     remedy = f"restore {item['digest']}.onnx from a backup, or train again"
     name = f"model file of {model} {item['version']}"
+    _bring(found, "models", item["digest"])
     network = Network(read_checked(found.var / "models" / f"{item['digest']}.onnx", item["digest"], item["size"], name, remedy), model, item["version"])
     try: said = network.run(_PROBES)
     except Exception as error: raise IntegrityError(f"{name} does not run ({type(error).__name__}): {remedy}") from error
@@ -362,7 +363,9 @@ def open_wanted(
     if wanted is not None and wanted.versions:
         versions = {model: item["version"] for model, item in wanted.versions.items()}
         if wanted.release is not None:
-            try: return Opened(_with_problems(open_release(found.var / "releases", wanted.release, versions), wanted.problems))
+            try:
+                _bring(found, "releases", wanted.release["digest"])
+                return Opened(_with_problems(open_release(found.var / "releases", wanted.release, versions), wanted.problems))
             except Exception as error: reasons.append(brief(error))
         else: reasons.append("no release of these versions")
         parts = open_parts(found, wanted)
@@ -372,11 +375,19 @@ def open_wanted(
         allowed = good if wanted is None else remember(good, {"key": wanted.key})[:-1]
         for entry in reversed(allowed):
             if spare is not None and spare.release == entry["digest"]: return Opened(spare, "; ".join([*dict.fromkeys(reasons), "last good release"]), False)
-            try: graph = open_release(found.var / "releases", entry, entry["versions"], trusted=False)
+            try:
+                _bring(found, "releases", entry["digest"])
+                graph = open_release(found.var / "releases", entry, entry["versions"], trusted=False)
             except Exception: continue  # an older one may still be whole
             return Opened(graph, "; ".join([*dict.fromkeys(reasons), "last good release"]), False)
     if parts is not None: return Opened(parts, None, False)
     return Opened(Parts({}, dict.fromkeys(MODELS, problem) if problem else wanted.problems if wanted else {}), None, wanted is not None)
+
+def _bring(found: Settings, kind: str, digest: str) -> None:
+    "Bring a file that is kept elsewhere."
+    if found.store.models:
+        from calling_ai.registry.storage import bring
+        bring(found.var / kind / f"{digest}.onnx", kind, found.store.models)
 
 def _with_problems(graph: Graph, problems: Mapping[str, str]) -> Graph:
     "Let a release say why a network is not in it."
