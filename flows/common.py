@@ -25,12 +25,12 @@ from calling_ai.operate.schedule import Ran, once  # noqa: E402
 __all__ = ["create_markdown_artifact", "create_table_artifact", "get_run_logger", "scheduled", "settings", "task"]
 
 
-def scheduled(kind: str, work: Callable[[Any], dict[str, Any]], retries: int = 2) -> dict[str, Any]:
+def scheduled(kind: str, work: Callable[[Any, str], dict[str, Any]], retries: int = 2) -> dict[str, Any]:
     """Do the work of a flow once in its period, as a task that is tried again, and show what it found."""
     workspace = settings()
 
     def run() -> Ran:
-        return once(workspace, kind, lambda: work(workspace))
+        return once(workspace, kind, lambda key: work(workspace, key))
 
     ran = task(run, name=kind, retries=retries, retry_delay_seconds=5)()
     get_run_logger().info("%s is %s%s", ran.key, ran.state, f": {ran.said}" if ran.said else "")

@@ -68,7 +68,7 @@ def scored_us(
     "Return the latency that is logged for a moment of the town: it has no clock of its own, so that a life stays the same on every machine."
     return 200.0 + 100.0 * bool(scored.versions)
 
-# %% ../../nbs/operate/loop.ipynb #21f5fe74
+# %% ../../nbs/operate/loop.ipynb #95ef6427
 def _folder(workspace: Settings) -> Path: return workspace.var / "town"
 
 def _stretches(workspace: Settings) -> list[Path]:
@@ -77,7 +77,7 @@ def _stretches(workspace: Settings) -> list[Path]:
 
 _TABLES = ("decisions", "outcomes", "truth", "rows")
 
-def _keep(folder: Path, log: TownLog, rows: pd.DataFrame) -> None:
+def _keep(folder: Path, log: TownLog, rows: pd.DataFrame, period: str = "") -> None:
     "Keep a stretch of life, whole."
     state = log.state
     waiting = np.concatenate([state.history.waiting, *state.history.announced])
@@ -86,7 +86,7 @@ def _keep(folder: Path, log: TownLog, rows: pd.DataFrame) -> None:
         scratch = Path(tempfile.mkdtemp(prefix=".living-", dir=folder.parent))
         for name, frame in zip(_TABLES, (log.decisions, log.outcomes, log.truth, rows), strict=True): frame.to_parquet(scratch / f"{name}.parquet")
         np.savez(scratch / "state.npz", tallies=state.history.tallies, waiting=waiting, merged_until=state.history.merged_until, asked_until=state.history.asked_until, load=state.load, updated=state.updated)
-        write_json(scratch / "life.json", {"weeks": list(log.weeks), "ends_at": log.ends_at.isoformat()})
+        write_json(scratch / "life.json", {"weeks": list(log.weeks), "ends_at": log.ends_at.isoformat(), "period": period})
         scratch.rename(folder)
     except OSError as error: raise explain_os_error(error, f"keeping {folder.name}") from error
 
@@ -117,7 +117,7 @@ def lived(
     outcomes = joined("outcomes").sort_values(["received_at", "record_id"], kind="stable").reset_index(drop=True)
     return TownLog(joined("decisions"), outcomes, joined("truth"), (parts[0].weeks[0], parts[-1].weeks[1]), parts[-1].ends_at, parts[-1].state)
 
-# %% ../../nbs/operate/loop.ipynb #5249a7b1
+# %% ../../nbs/operate/loop.ipynb #0f97d559
 @dataclass(frozen=True)
 class LivedOn(Record):
     "What happened while the town lived on."
@@ -138,13 +138,16 @@ def town_policy(
 
 def live_on(
     workspace: Settings,
-    weeks: int = 1,  # how long
+    weeks: int = 1,    # how long
+    period: str = "",  # what it is lived for, such as collect/2026-03-02T02:00; the same one again lives no further
 ) -> LivedOn:
     "Let the town live on under what is live, and write it into the log."
     town, policy = Town(bfi_people(workspace.town.people, seed=workspace.town.seed), seed=workspace.town.seed), town_policy(workspace)
     life, book = life_name(workspace.town.people, workspace.town.seed, policy), town_log(workspace.root)
     kept = _stretches(workspace)
-    if kept: _record(workspace, book, kept[-1], life)  # what a killed call may have left out
+    if kept:
+        recorded = _record(workspace, book, kept[-1], life)  # what a killed call may have left out
+        if period and read_json(kept[-1] / "life.json").get("period") == period: return _told(kept[-1], recorded)
     else:
         from calling_ai.operate.pipeline import next_weeks
         before = max(workspace.town.weeks, next_weeks(workspace) - workspace.town.further_weeks)
@@ -157,11 +160,15 @@ def live_on(
     live = LivePolicy(LiveScorer.load(workspace.root), keys)
     try: log = town.simulate(weeks, policy=live, after=last)
     finally: live.scorer.close()
-    rollout = live.scorer.rollout
     folder = _folder(workspace) / f"weeks-{log.weeks[0]:05d}-{log.weeks[1]:05d}"
-    _keep(folder, log, pd.DataFrame(live.rows).rename(columns={"id": "record_id"}).astype({"record_id": "int64"}))
-    decisions, messages = _record(workspace, book, folder, life)
-    return LivedOn(log.weeks, len(log), float(log.decisions["called"].mean()), decisions, messages, rollout.name if rollout else None, rollout.state if rollout else None)
+    _keep(folder, log, pd.DataFrame(live.rows).rename(columns={"id": "record_id"}).astype({"record_id": "int64"}), period)
+    return _told(folder, _record(workspace, book, folder, life))
+
+def _told(folder: Path, recorded: tuple[int, int]) -> LivedOn:
+    log, rows = _read(folder)
+    split = rows[rows["experiment"].notna()] if "experiment" in rows else rows[:0]
+    name, stage = (str(split["experiment"].iloc[-1]), str(split["stage"].iloc[-1])) if len(split) else (None, None)
+    return LivedOn(log.weeks, len(log), float(log.decisions["called"].mean()), *recorded, name, stage)
 
 def _record(workspace: Settings, book: Any, folder: Path, life: str) -> tuple[int, int]:
     "Write a stretch of life into the log, with the messages that earlier weeks left behind; what is there already changes nothing."

@@ -40,7 +40,7 @@ from ..store.decisions import DecisionLog
 from ..store.migrations import ensure
 from ..store.schema import runs
 
-# %% ../../nbs/operate/overview.ipynb #dc820186
+# %% ../../nbs/operate/overview.ipynb #7a0cfcaf
 @dataclass(frozen=True)
 class Overview(Record):
     "The state of the system."
@@ -77,6 +77,7 @@ def gather(
     weights = [event.evidence["weight"] for event in events if event.action == "live" and event.evidence.get("weight") is not None]
     tries = [event for event in events if event.action == "rollout"]
     rollout = None if not tries else {name: getattr(tries[-1], name) for name in ("subject", "before", "after", "evidence", "at")}
+    if rollout is not None: rollout["report"] = f"{rollout['subject']}.html" if (workspace.reports / "rollouts" / f"{rollout['subject']}.html").is_file() else None
     return Overview(now or dt.datetime.now(dt.UTC), named("champion"), float(weights[-1] if weights else workspace.policy.weight), moved[-1].at if moved else None,
                     named("challenger"), rollout, read_monitored(workspace), tuple(open_alerts(workspace)), tuple(changes(registry)[:12]), last_runs(workspace))
 
@@ -95,7 +96,7 @@ def verdict_of(
     if overview.monitored is None: return "attention", "Nothing was measured yet. Next: calling-ai monitor"
     return "well", "All is well: nothing asks for a person."
 
-# %% ../../nbs/operate/overview.ipynb #8fe29e7d
+# %% ../../nbs/operate/overview.ipynb #5eabc8f9
 _LOOK = """<style>.state { border-left: 6px solid var(--green); background: var(--green-ground); border-radius: 0 14px 14px 0; padding: 16px 24px; font-size: 18px; margin: 0 0 28px; }
 .state.attention { border-color: var(--amber); background: var(--amber-ground); } .state.critical { border-color: var(--red); background: var(--red-ground); }
 .cards { display: grid; grid-template-columns: 1fr 1.25fr; gap: 22px; margin-bottom: 22px; } .side { display: flex; flex-direction: column; gap: 22px; min-width: 0; } .side .card:last-child { flex: 1; } .card { border: 1px solid var(--line); border-radius: 16px; padding: 20px 24px; min-width: 0; }
@@ -153,9 +154,13 @@ def _tried_card(overview: Overview) -> str:
     stages, evidence = [str(stage) for stage in rollout["evidence"].get("stages", ())], rollout["evidence"]
     at = stages.index(str(rollout["after"])) if str(rollout["after"]) in stages else -1
     track = "".join(f'<span class="{"past" if place < at else "here" if place == at else ""}">{html.escape(stage)}</span>' for place, stage in enumerate(stages))
-    facts = [("rollout", str(rollout["subject"])), ("state", str(rollout["after"])), ("since", f"{_moment(rollout['at'])} UTC")]
+    since = dt.datetime.fromisoformat(evidence["since"]) if evidence.get("since") else rollout["at"]
+    facts = [("rollout", str(rollout["subject"])), ("state", f"{rollout['after']}{', paused' if evidence.get('paused') else ''}"), ("since", f"{_moment(since)} UTC")]
+    if evidence.get("weight") is not None: facts.append(("weight", f"{evidence['weight']:g}"))
     facts += [(name, str(evidence[name])) for name in ("verdict", "reason") if evidence.get(name)]
-    return f'<div class="big">{html.escape(tried or "nothing")}</div>{f"<div class=track>{track}</div>" if track else ""}{_facts(facts)}'
+    facts += [("why", " ".join(evidence["reasons"])[:300])] if evidence.get("reasons") else []
+    link = f'<div class="small"><a href="rollouts/{html.escape(rollout["report"])}">the whole report</a></div>' if rollout.get("report") else ""
+    return f'<div class="big">{html.escape(tried or "nothing")}</div>{f"<div class=track>{track}</div>" if track else ""}{_facts(facts)}{link}'
 
 def _alerts_card(items: Sequence[Alert]) -> str:
     if not items: return '<div class="big">nothing</div><div class="small">no alert is open</div>'

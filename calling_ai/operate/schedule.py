@@ -34,7 +34,7 @@ def logical_period(
     try: return f"{next(CronSim(cron, moment + dt.timedelta(minutes=1), reverse=True)):%Y-%m-%dT%H:%M}"
     except (CronSimError, StopIteration): raise InputError(f"cron is {cron!r}: it must be five fields such as 0 3 * * * (minute, hour, day, month, weekday), UTC") from None
 
-# %% ../../nbs/operate/schedule.ipynb #19813e1c
+# %% ../../nbs/operate/schedule.ipynb #d76a5033
 @dataclass(frozen=True)
 class Ran(Record):
     "What became of a scheduled run."
@@ -45,15 +45,15 @@ class Ran(Record):
 
 def once(
     workspace: Settings,
-    kind: str,                          # one of `FLOWS`
-    work: Callable[[], dict[str, Any]], # does it, and returns what is worth keeping
+    kind: str,                             # one of `FLOWS`
+    work: Callable[[str], dict[str, Any]], # does it for a key such as collect/2026-03-02T02:00, and returns what is worth keeping
     now: dt.datetime | None = None,     # by default now
 ) -> Ran:
     "Do a piece of work once in its logical period."
     cron = getattr(workspace.schedules, kind, "") or "* * * * *"
     period = logical_period(cron, now or dt.datetime.now(dt.UTC))
     try:
-        with claim(engine(workspace.database_url), kind, period, workspace.schedules.lease_seconds, "scheduled") as held: held.result = work()
+        with claim(engine(workspace.database_url), kind, period, workspace.schedules.lease_seconds, "scheduled") as held: held.result = work(held.run.key)
     except Taken as error: return Ran(f"{kind}/{period}", "taken", str(error), error.run.result)
     except CallingError as error:
         tell(workspace, f"flow:{kind}", "warning", f"The flow {kind} failed", " ".join(str(error).split())[:500], command="calling-ai runs", subject=kind)
@@ -61,7 +61,7 @@ def once(
     close(workspace, f"flow:{kind}")
     return Ran(f"{kind}/{period}", "done", "", held.result)
 
-# %% ../../nbs/operate/schedule.ipynb #d51b9cb5
+# %% ../../nbs/operate/schedule.ipynb #299592d0
 FLOWS = ("collect", "retrain", "rollout", "monitor", "weekly")  # in the order of a night; each has its cron line in [schedules]
 
 def _home(workspace: Settings) -> None:
@@ -70,6 +70,7 @@ def _home(workspace: Settings) -> None:
 
 def collect(
     workspace: Settings,
+    key: str = "",   # of the run: killed and run again, the town lives no further than once
     weeks: int = 1,  # of the town
 ) -> dict[str, Any]:
     "Bring into the log what waits on the disk, and let the town live on."
@@ -77,12 +78,13 @@ def collect(
     from calling_ai.store.decisions import DecisionLog
     from calling_ai.store.writer import drain
     drained = drain(DecisionLog.open(workspace), workspace.var / "spill")
-    told = live_on(workspace, weeks).to_dict() | {"drained": drained.written}
+    told = live_on(workspace, weeks, key).to_dict() | {"drained": drained.written}
     _home(workspace)
     return told
 
 def rollout_step(
     workspace: Settings,
+    key: str = "",  # of the run
 ) -> dict[str, Any]:
     "Let the rollout take its next step, when one is under way."
     from calling_ai.operate.rollout import step
@@ -93,6 +95,7 @@ def rollout_step(
 
 def watch(
     workspace: Settings,
+    key: str = "",  # of the run
 ) -> dict[str, Any]:
     "Watch everything, as the log knows it."
     from calling_ai.operate.monitoring import monitor, read_monitored
@@ -103,6 +106,7 @@ def watch(
 
 def week(
     workspace: Settings,
+    key: str = "",  # of the run
 ) -> dict[str, Any]:
     "Write the summary of the week."
     from calling_ai.operate.overview import weekly

@@ -18,7 +18,7 @@ from typing import Any
 from ..core.errors import CallingError, IntegrityError, SettingsError, StorageError, UnavailableError
 from ..core.files import sha256_bytes, write_bytes
 
-# %% ../../nbs/registry/storage.ipynb #fb3aa943
+# %% ../../nbs/registry/storage.ipynb #05aa0ab1
 class Remote:
     "A place for files that are known by their digest."
 
@@ -30,7 +30,7 @@ class Remote:
 
     def _open(self) -> tuple[Any, str]:
         if self._opened is None:
-            try: import fsspec
+            try: import fsspec  # type: ignore[import-untyped]
             except ImportError: raise UnavailableError("[store] models needs fsspec: pip install 'calling-ai[remote]'") from None
             try: system, path = fsspec.core.url_to_fs(self.url, use_listings_cache=False) if "://" in self.url else (None, "")
             except (ValueError, ImportError) as error: raise SettingsError(f"setting [store] models is {self.url!r}: {' '.join(str(error).split())[:200]}") from None

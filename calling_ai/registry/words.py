@@ -8,15 +8,15 @@ What changed, and why? The ledger is complete and hard to read. `story` tells on
 # %% auto #0
 __all__ = ['story', 'reason', 'Told', 'changes']
 
-# %% ../../nbs/registry/words.ipynb #6043cba2
+# %% ../../nbs/registry/words.ipynb #4f6181f7
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.records import Record, explained
 from .versions import Event, Registry
 
-# %% ../../nbs/registry/words.ipynb #3dcee496
+# %% ../../nbs/registry/words.ipynb #6b49b92f
 def _short(text: str | None) -> str: return (text[:12] if text and len(text) >= 60 else text) or "nothing"
 
 def story(
@@ -36,14 +36,18 @@ def story(
         weight = event.evidence.get("weight")
         return f"live: {named}" + (f", with weight {weight:g}" if weight is not None else "")
     if event.action == "rollback": return f"{event.subject} was rolled back"
-    if event.action == "rollout": return f"rollout {event.subject}: {event.after}" + (f", after {event.before}" if event.before else "")
+    if event.action == "rollout":
+        name = event.subject if event.subject.startswith("rollout") else f"rollout {event.subject}"
+        if event.before == event.after: return f"{name} was looked at, and stays: {event.after}"
+        return f"{name}: {event.after}" + (f", after {event.before}" if event.before else "")
     return f"{event.action} {_short(event.subject)}: {_short(event.before)}, then {_short(event.after)}"
 
 def reason(
     event: Event,
 ) -> str:
     "Return what a change stood on, in a few words; empty where nothing was written down."
-    told = event.evidence.get("reason")
+    told, reasons = event.evidence.get("reason"), event.evidence.get("reasons")
+    if not told and isinstance(reasons, Sequence) and reasons: told = f"{event.evidence.get('verdict') or ''}: {reasons[0]}".removeprefix(": ")
     if isinstance(told, str) and told: return " ".join(told.split())[:300]
     verdict = event.evidence.get("verdict")
     if isinstance(verdict, Mapping): verdict = verdict.get(event.model)
