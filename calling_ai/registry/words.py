@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ..core.records import Record, explained
 from .versions import Event, Registry
 
-# %% ../../nbs/registry/words.ipynb #6b49b92f
+# %% ../../nbs/registry/words.ipynb #1b556a5d
 def _short(text: str | None) -> str: return (text[:12] if text and len(text) >= 60 else text) or "nothing"
 
 def story(
@@ -38,7 +38,7 @@ def story(
     if event.action == "rollback": return f"{event.subject} was rolled back"
     if event.action == "rollout":
         name = event.subject if event.subject.startswith("rollout") else f"rollout {event.subject}"
-        if event.before == event.after: return f"{name} was looked at, and stays: {event.after}"
+        if event.before == event.after: return f"{name} stays: {event.after}"
         return f"{name}: {event.after}" + (f", after {event.before}" if event.before else "")
     return f"{event.action} {_short(event.subject)}: {_short(event.before)}, then {_short(event.after)}"
 
@@ -47,7 +47,7 @@ def reason(
 ) -> str:
     "Return what a change stood on, in a few words; empty where nothing was written down."
     told, reasons = event.evidence.get("reason"), event.evidence.get("reasons")
-    if not told and isinstance(reasons, Sequence) and reasons: told = f"{event.evidence.get('verdict') or ''}: {reasons[0]}".removeprefix(": ")
+    if not told and isinstance(reasons, Sequence) and reasons: told = str(reasons[0])
     if isinstance(told, str) and told: return " ".join(told.split())[:300]
     verdict = event.evidence.get("verdict")
     if isinstance(verdict, Mapping): verdict = verdict.get(event.model)
