@@ -26,13 +26,15 @@ def trained_on(
     "Return the versions that were trained on one of some snapshots."
     return tuple(f"{item.model} {item.version}" for item in Registry(workspace.root).list() if item.snapshot_digest in set(digests))
 
-# %% ../../nbs/operate/privacy.ipynb #b36dc5c9
+# %% ../../nbs/operate/privacy.ipynb #60edcf72
 def forget_person(
     workspace: Settings,    # settings of the workspace
     user: str,              # raw id, as the application knows the person
     dry_run: bool = False,  # only say what would happen
 ) -> Forgotten:
     "Erase a person from a workspace and prove it."
+    if not dry_run:  # what is remembered for online learning has no names, and may be theirs: it begins anew
+        for state in (workspace.var / "online").glob("*.npz"): state.unlink()
     return forget(DecisionLog.open(workspace), user, folder=workspace.var, spill=workspace.var / "spill", snapshots=workspace.var / "snapshots",
                   others=[workspace.reports], versions=lambda digests: trained_on(workspace, digests), dry_run=dry_run)
 
