@@ -202,7 +202,7 @@ def generate(
     write_table(frame, output)
     _console(stderr=True).print(f"{len(frame):,} rows of kind {kind.value}, seed {seed}, written to {output}", soft_wrap=True)
 
-# %% ../nbs/cli.ipynb #48bcbff0
+# %% ../nbs/cli.ipynb #2226cbd9
 versions_app = typer.Typer(invoke_without_command=True, help="List the versions, tell what changed, and change what is live.")
 app.add_typer(versions_app, name="versions")
 By = Annotated[str, typer.Option("--by", help="Who does it; written into the ledger.", show_default="the name of the account")]
@@ -214,7 +214,7 @@ def _see_to_release(workspace: Any, actor: str) -> None:
     "Compose the release of what is live now, unless it is there already, as it is after a rollback."
     from calling_ai.registry.versions import Registry
     registry = Registry(workspace.root)
-    live = {item.model: item for item in registry.list() if "champion" in item.aliases}
+    live = registry.champions()
     known = registry.release(live) if live else None
     if live and (known is None or not (registry.releases / f"{known.digest}.onnx").is_file()):
         from calling_ai.operate.releases import ensure_release
@@ -342,7 +342,7 @@ def reproduce_version(
     if as_json: _print_json(found)
     for item in () if as_json else found:
         mark = {True: "same", False: "differs", None: "–"}
-        _console().print(_table(f"{item.model} {item.version}: {'reproduced' if item.is_same else 'not reproduced'}", ["what", "found", ""], [[part.name, part.found, mark[part.same]] for part in item.items], fold=False))
+        _console().print(_table(f"{item.model} {item.version}: {'reproduced' if item.is_same else 'not reproduced'}", ["what", "found", ""], [[part.name, part.found, mark[part.same]] for part in item.items]))
     if not all(item.is_same for item in found): raise typer.Exit(1)
 
 @versions_app.command("verify")

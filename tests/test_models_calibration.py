@@ -124,6 +124,13 @@ def test_wilson_against_the_equation_it_solves() -> None:
     assert (lower[0], upper[0]) == (0, 1)
 
 
+def test_wilson_holds_the_share_itself_to_the_last_bit() -> None:
+    """A bar of an error that is negative by rounding cannot be drawn: with 10 rows and no positive it was one."""
+    for share in (0.0, 1.0, 1 / 3):
+        lower, upper = wilson(np.full(400, share), np.arange(400.0))
+        assert (lower <= share).all() and (upper >= share).all()
+
+
 def test_wilson_covers_the_truth() -> None:
     rng = np.random.default_rng(2)
     for truth, rows in ((0.05, 60), (0.5, 30)):

@@ -1,6 +1,5 @@
 """Online learning: bounded, once, test before train, worth watched, and gone when it does harm."""
 
-import dataclasses
 import datetime as dt
 import os
 import shutil
@@ -222,4 +221,3 @@ def test_a_damaged_state_is_named(workspace: Settings) -> None:
     (workspace.var / "online" / "outcome.npz").write_bytes(b"damaged")
     with pytest.raises(CallingError, match="delete it, and learning begins anew"):
         learn(workspace, "outcome", now=NOW)
-    assert dataclasses.replace(OnlineSettings(), batch=1).batch == 1

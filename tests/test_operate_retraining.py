@@ -18,12 +18,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from calling_ai.core.errors import CallingError, UnavailableError
 from calling_ai.core.settings import Settings, settings
 from calling_ai.operate import loop, retraining
 from calling_ai.operate.collect import life_name, town_log
 from calling_ai.operate.notebooks import NotebookError, run_notebook
-from calling_ai.operate.rollout import begin, clock, current, step
+from calling_ai.operate.rollout import begin, clock, step
 from calling_ai.registry.audit import audit
 from calling_ai.registry.versions import Registry
 from calling_ai.serve.scorer import replay
@@ -74,6 +73,13 @@ def workspace(trained: Path, tmp_path: Path) -> Settings:
     return settings(shutil.copytree(trained, tmp_path / "copy"))
 
 
+def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, with the settings of its workspace alone."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("CALLING_AI_")}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
 def tables(workspace: Settings) -> dict[str, Any]:
     """Return what the database holds, without names that differ from run to run."""
     book = DecisionLog.open(workspace)
@@ -107,20 +113,18 @@ def test_what_was_lived_is_logged_as_an_application_would(workspace: Settings) -
 def test_killed_between_keeping_and_logging_nothing_is_lost_or_doubled(workspace: Settings, tmp_path: Path) -> None:
     other = settings(shutil.copytree(workspace.root, tmp_path / "other"))
     loop.live_on(other)
+    life = life_name(150, workspace.town.seed, loop.town_policy(workspace))
+    last, rows = loop._read(loop._stretches(workspace)[-1])
+    assert loop._record(workspace, town_log(workspace.root), last, rows, life) == (0, 0)  # it is there already
+    calls: list[int] = []
+
+    def dies(*arguments: Any) -> tuple[int, int]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return 0, 0
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_record", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        kept = loop._stretches(workspace)
-        life = life_name(150, workspace.town.seed, loop.town_policy(workspace))
-        patch.undo()
-        loop._record(workspace, town_log(workspace.root), kept[-1], life)  # what is there already changes nothing
-        calls: list[int] = []
-
-        def dies(*arguments: Any) -> tuple[int, int]:
-            calls.append(1)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            return 0, 0
-
         patch.setattr(loop, "_record", dies)
         with pytest.raises(KeyboardInterrupt):
             loop.live_on(workspace)
@@ -166,9 +170,7 @@ os._exit(0)
 
 
 def collect_once(folder: Path, seconds: float) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CALLING_AI_")}
-    command = [sys.executable, "-c", _COLLECT, str(folder), str(seconds)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return in_a_process(_COLLECT, folder, seconds)
 
 
 def killed_collects(workspace: Settings, times: int, folder: Path) -> int:
@@ -246,9 +248,7 @@ print([done.taken_over, done.skipped])
 
 
 def run_retraining(folder: Path, target: int) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CALLING_AI_")}
-    command = [sys.executable, "-c", _RETRAIN, str(folder), str(target)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    return in_a_process(_RETRAIN, folder, target)
 
 
 def killed_and_resumed(workspace: Settings, targets: list[int], folder: Path) -> int:
@@ -327,4 +327,3 @@ def test_a_notebook_may_not_take_more_memory_or_time_than_allowed(tmp_path: Path
 
 def test_nothing_is_left_running() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("heartbeat of retrain")]
-    assert issubclass(UnavailableError, CallingError) and current is not None

@@ -2,14 +2,12 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from calling_ai.core.settings import settings
 from calling_ai.operate.rollout import current, example_workspace
 from calling_ai.registry.audit import audit
 from calling_ai.registry.versions import Registry
@@ -59,16 +57,21 @@ def run(folder: Path, work: str, limit: int) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ, check=False)
 
 
-def full_at_every_write(made: Path, work: str, folder: Path, points: int) -> tuple[int, int]:
-    """Run with a disk that takes fewer and fewer bytes of a file; return how often it was refused, and done."""
+def around(made: Path, work: str, folder: Path) -> tuple[Path, Path, tuple[object, ...], tuple[object, ...]]:
+    """Return a place before the work and one after it, and the state of both."""
     start = shutil.copytree(made, folder / "start")
     if work == "rollback":
         Registry(start).promote_release({"outcome": "v1.1-town"}, 0.2, "a test")
-    before = state(Registry(start))
     whole = shutil.copytree(start, folder / "whole")
     assert run(whole, work, 2**30).returncode == 0
-    after = state(Registry(whole))
+    before, after = state(Registry(start)), state(Registry(whole))
     assert after != before
+    return start, whole, before, after
+
+
+def full_at_every_write(made: Path, work: str, folder: Path, points: int) -> tuple[int, int]:
+    """Run with a disk that takes fewer and fewer bytes of a file; return how often it was refused, and done."""
+    start, whole, before, after = around(made, work, folder)
     size = max(path.stat().st_size for path in whole.rglob("*") if path.is_file())
     refused = done = 0
     for number in range(points):
@@ -90,7 +93,7 @@ def full_at_every_write(made: Path, work: str, folder: Path, points: int) -> tup
 def test_a_full_disk_leaves_nothing_half(made: Path, work: str, tmp_path: Path) -> None:
     refused, done = full_at_every_write(made, work, tmp_path, 6)
     print(f"{work}: refused {refused} times, done {done} times, 0 halves")
-    assert refused >= 2 and done >= 1 and settings(made).root == made.resolve() and signal.SIGXFSZ
+    assert refused >= 2 and done >= 1
 
 
 @pytest.mark.long
@@ -127,13 +130,8 @@ def injected(folder: Path, work: str, call: str, fault: str, number: int) -> tup
 
 def every_call_fails(made: Path, work: str, folder: Path, step: int) -> dict[str, int]:
     """Fail system call 1, 2, 3 ... of each kind until a run goes through; what is left is whole each time."""
-    start = shutil.copytree(made, folder / "start")
-    if work == "rollback":
-        Registry(start).promote_release({"outcome": "v1.1-town"}, 0.2, "a test")
-    before = state(Registry(start))
-    whole = shutil.copytree(start, folder / "whole")
-    assert run(whole, work, 2**30).returncode == 0
-    after, counts = state(Registry(whole)), {"EIO": 0, "ENOSPC": 0, "KILL": 0}
+    start, _, before, after = around(made, work, folder)
+    counts = {"EIO": 0, "ENOSPC": 0, "KILL": 0}
     for call in CALLS:
         for name, fault in (("EIO", "error=EIO"), ("ENOSPC", "error=ENOSPC"), ("KILL", "signal=KILL")):
             for number in range(1, 400, step if call == "pwrite64" else 1):

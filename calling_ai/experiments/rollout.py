@@ -13,10 +13,10 @@ __all__ = ['CHAMPION', 'CHALLENGER', 'ADVANCE', 'HOLD', 'BACK', 'CANNOT_TELL', '
            'read_shares', 'Plan', 'plan_rollout', 'Judgement', 'shown_not_worse', 'judge', 'Rollout', 'Simulated',
            'simulate_rollouts']
 
-# %% ../../nbs/experiments/rollout.ipynb #7f727970
+# %% ../../nbs/experiments/rollout.ipynb #a37d973b
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -33,6 +33,7 @@ from .sequential import Spending, plan, sequential_pvalue, spending_boundary
 from .simulate import Rate, rate_of, stratum_score
 from .summaries import Summaries
 from .verdict import Evidence, Guardrail, Protocol, Verdict, contrast, decide
+from ..score.policy import Policy
 
 # %% ../../nbs/experiments/rollout.ipynb #5bc29fed
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -160,7 +161,7 @@ def _days_over(summaries: Summaries, planned: Plan) -> str:
     lasted = (date.fromisoformat(max(days)) - date.fromisoformat(min(days))).days + 1 if days else 0
     return f"After {lasted} days there is no answer: the champion stays." if lasted > planned.days else ""
 
-# %% ../../nbs/experiments/rollout.ipynb #bb9317db
+# %% ../../nbs/experiments/rollout.ipynb #2603298b
 SHADOW, EVERYBODY = "shadow", "everybody"
 OVER = ("promoted", "rolled back", "ended", "aborted")
 
@@ -187,6 +188,17 @@ class Rollout(Record):
     def is_over(self) -> bool:
         "Whether nothing follows any more."
         return self.state in OVER
+
+    @property
+    def pair(self) -> dict[str, str]:
+        "Version of each model that users of the challenger get: what is new, and the champion of the other."
+        return {**self.against, **self.versions}
+
+    def policy(self,
+        live: Policy,  # of the champion
+    ) -> Policy:
+        "Return the policy for users of the challenger."
+        return live if self.weight is None else replace(live, weight=self.weight)
 
     @property
     def split(self) -> tuple[Experiment, str] | None:

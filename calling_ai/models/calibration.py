@@ -128,7 +128,7 @@ def expected_calibration_error(
     gaps = np.bincount(bin_of(value, bins), weights=weight * (value - label), minlength=bins)
     return float(np.abs(gaps).sum() / weight.sum())
 
-# %% ../../nbs/models/calibration.ipynb #007a8ef9
+# %% ../../nbs/models/calibration.ipynb #714e3829
 def wilson(
     share: np.ndarray,   # observed shares
     rows: np.ndarray,    # number of rows behind each, may be effective numbers
@@ -142,7 +142,8 @@ def wilson(
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     known = rows > 0
-    return np.where(known, np.clip(middle - half, 0, 1), 0.0), np.where(known, np.clip(middle + half, 0, 1), 1.0)
+    lower, upper = np.clip(middle - half, 0, share), np.clip(middle + half, share, 1)  # the share lies inside, also in the last bit
+    return np.where(known, lower, 0.0), np.where(known, upper, 1.0)
 
 # %% ../../nbs/models/calibration.ipynb #2eae00ba
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def source_of(
     stem = Path(path).name.lower().removesuffix(table_format(path))
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"[_-]v?\d+$", "", stem)).strip("-") or "data"
 
-# %% ../../nbs/operate/commands.ipynb #e4874a2f
+# %% ../../nbs/operate/commands.ipynb #ff28178b
 @dataclass(frozen=True)
 class TrainedVersion(Record):
     "A version that was trained from a file."
@@ -92,7 +92,7 @@ def train_file(
     seed = workspace.training.seed if seed is None else seed
     with tempfile.TemporaryDirectory() as scratch:
         candidate = fit(rows, model, scratch, seed, workspace.training.epochs if epochs is None else epochs)
-        champion = next((item for item in registry.list(model) if "champion" in item.aliases), None)
+        champion = registry.champions().get(model)
         comparison = judge(model, candidate.file, registry.load_file(champion), rows.part("validation")) if champion else None
         word = comparison.verdict if comparison else "first"
         wins = promote and word in ("first", "better")
@@ -136,7 +136,7 @@ def score_file(
             "versions": ", ".join(f"{model} {name}" for model, name in scorer.versions.items()) or "the formula alone",
             "paths": count_ways(scores)}
 
-# %% ../../nbs/operate/commands.ipynb #77c4346d
+# %% ../../nbs/operate/commands.ipynb #ae3e8fb0
 HOUR = 3_600.0
 
 def _leftovers(workspace: Settings, now: float) -> list[Path]:
@@ -181,8 +181,11 @@ def examine(
         found = {*_leftovers(workspace, time.time()), *removable(registry, HOUR)}
         if not fix: return (f"{len(found)} files of crashed runs; remove them with: calling-ai doctor --fix" if found else "nothing left behind"), not found
         clean(registry, HOUR)
-        for version in registry.list() if registry.remote else ():
-            if registry.remote is not None: registry.remote.put(registry.load_file(version), "models")
+        if registry.remote is not None:
+            for version in registry.list(): registry.remote.put(registry.load_file(version), "models")
+            live = registry.champions()
+            release = registry.release(live) if live else None
+            if release is not None and (registry.releases / f"{release.digest}.onnx").is_file(): registry.remote.put(registry.releases / f"{release.digest}.onnx", "releases")
         for path in found:
             if path.name.endswith(".part"): path.unlink(missing_ok=True)
         return f"{sum(not path.exists() for path in found)} files of crashed runs removed", True

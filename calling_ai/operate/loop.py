@@ -10,7 +10,7 @@ truth, so that a retraining is judged as the first training was. In an applicati
 # %% auto #0
 __all__ = ['LivePolicy', 'scored_us', 'lived_weeks', 'lived', 'LivedOn', 'town_policy', 'live_on']
 
-# %% ../../nbs/operate/loop.ipynb #17bfc248
+# %% ../../nbs/operate/loop.ipynb #dec4d035
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +26,12 @@ from ..core.records import Record, explained
 from ..core.settings import Settings
 from ..experiments.assignment import assign, exposures
 from ..experiments.rollout import Rollout
-from .collect import derived_ids, life_name, record_town, town_log
+from .collect import derived_ids, in_parts, life_name, message_rows, record_town, town_log
 from ..registry.versions import Registry
 from ..score.policy import Decisions, Policy
 from ..serve.live import LiveScorer
 from ..serve.scorer import rows_of
+from ..store.decisions import DecisionLog
 from ..store.identity import pseudonyms
 from ..world.people import bfi_people
 from ..world.town import Town, TownLog, TownState
@@ -68,7 +69,7 @@ def scored_us(
     "Return the latency that is logged for a moment of the town: it has no clock of its own, so that a life stays the same on every machine."
     return 200.0 + 100.0 * bool(scored.versions)
 
-# %% ../../nbs/operate/loop.ipynb #95ef6427
+# %% ../../nbs/operate/loop.ipynb #3ab92231
 def _folder(workspace: Settings) -> Path: return workspace.var / "town"
 
 def _stretches(workspace: Settings) -> list[Path]:
@@ -77,9 +78,9 @@ def _stretches(workspace: Settings) -> list[Path]:
 
 _TABLES = ("decisions", "outcomes", "truth", "rows")
 
-def _keep(folder: Path, log: TownLog, rows: pd.DataFrame, period: str = "") -> None:
+def _keep(workspace: Settings, log: TownLog, rows: pd.DataFrame, period: str = "") -> None:
     "Keep a stretch of life, whole."
-    state = log.state
+    state, folder = log.state, _folder(workspace) / f"weeks-{log.weeks[0]:05d}-{log.weeks[1]:05d}"
     waiting = np.concatenate([state.history.waiting, *state.history.announced])
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def lived(
     outcomes = joined("outcomes").sort_values(["received_at", "record_id"], kind="stable").reset_index(drop=True)
     return TownLog(joined("decisions"), outcomes, joined("truth"), (parts[0].weeks[0], parts[-1].weeks[1]), parts[-1].ends_at, parts[-1].state)
 
-# %% ../../nbs/operate/loop.ipynb #0f97d559
+# %% ../../nbs/operate/loop.ipynb #77b258de
 @dataclass(frozen=True)
 class LivedOn(Record):
     "What happened while the town lived on."
@@ -146,52 +147,47 @@ def live_on(
     life, book = life_name(workspace.town.people, workspace.town.seed, policy), town_log(workspace.root)
     kept = _stretches(workspace)
     if kept:
-        recorded = _record(workspace, book, kept[-1], life)  # what a killed call may have left out
-        if period and read_json(kept[-1] / "life.json").get("period") == period: return _told(kept[-1], recorded)
+        last, rows = _read(kept[-1])
+        recorded = _record(workspace, book, last, rows, life)  # what a killed call may have left out
+        if period and read_json(kept[-1] / "life.json").get("period") == period: return _told(last, rows, recorded)
     else:
         from calling_ai.operate.pipeline import next_weeks
         before = max(workspace.town.weeks, next_weeks(workspace) - workspace.town.further_weeks)
-        first = town.simulate(before, policy=policy)
-        record_town(book, first.known_at(first.ends_at), policy, life)
-        _keep(_folder(workspace) / f"weeks-{0:05d}-{before:05d}", first, pd.DataFrame())
-        kept = _stretches(workspace)
-    last, _ = _read(kept[-1])
+        last = town.simulate(before, policy=policy)
+        record_town(book, last.known_at(last.ends_at), policy, life)
+        _keep(workspace, last, pd.DataFrame())
     keys = pseudonyms(list(town.residents.user_id), book.secret)
     live = LivePolicy(LiveScorer.load(workspace.root), keys)
     try: log = town.simulate(weeks, policy=live, after=last)
     finally: live.scorer.close()
-    folder = _folder(workspace) / f"weeks-{log.weeks[0]:05d}-{log.weeks[1]:05d}"
-    _keep(folder, log, pd.DataFrame(live.rows).rename(columns={"id": "record_id"}).astype({"record_id": "int64"}), period)
-    return _told(folder, _record(workspace, book, folder, life))
+    rows = pd.DataFrame(live.rows).rename(columns={"id": "record_id"}).astype({"record_id": "int64"})
+    _keep(workspace, log, rows, period)
+    return _told(log, rows, _record(workspace, book, log, rows, life))
 
-def _told(folder: Path, recorded: tuple[int, int]) -> LivedOn:
-    log, rows = _read(folder)
+def _told(log: TownLog, rows: pd.DataFrame, recorded: tuple[int, int]) -> LivedOn:
     split = rows[rows["experiment"].notna()] if "experiment" in rows else rows[:0]
     name, stage = (str(split["experiment"].iloc[-1]), str(split["stage"].iloc[-1])) if len(split) else (None, None)
     return LivedOn(log.weeks, len(log), float(log.decisions["called"].mean()), *recorded, name, stage)
 
-def _record(workspace: Settings, book: Any, folder: Path, life: str) -> tuple[int, int]:
+def _record(workspace: Settings, book: DecisionLog, log: TownLog, rows: pd.DataFrame, life: str) -> tuple[int, int]:
     "Write a stretch of life into the log, with the messages that earlier weeks left behind; what is there already changes nothing."
-    log, rows = _read(folder)
     if rows.empty: return 0, 0
     ids = derived_ids(log.decisions["decided_at"], log.decisions["record_id"], life)
     own = [name for name in ("record_id", "decided_at", "user_id", "opportunity_id") if name in log.decisions]
     table = log.decisions[own].merge(rows, on="record_id", validate="one_to_one").assign(id=ids, policy_version=life)
     table = table.assign(recorded_at=table["decided_at"]).drop(columns="record_id")
     table = table.astype({name: object for name in table if table[name].isna().all()})
-    written = sum(book.record_frame(table[start : start + 50_000]).written for start in range(0, len(table), 50_000))
+    written = sum(item.written for item in in_parts(book.record_frame, table))
     whole = lived(workspace)
     assert whole is not None
     named = dict(zip(whole.decisions["record_id"].tolist(), derived_ids(whole.decisions["decided_at"], whole.decisions["record_id"], life), strict=True))
     heard = whole.known_at(log.ends_at).outcomes
     heard = heard[heard["received_at"] >= log.decisions["decided_at"].min() - pd.Timedelta(weeks=1)]  # earlier ones were written by earlier stretches
-    messages = heard.assign(id=life + "-" + heard["outcome_id"], decision_id=heard["record_id"].map(named)).drop(columns=["outcome_id", "record_id", "user_id"])
-    told = sum(book.record_outcomes(messages[start : start + 50_000]).written for start in range(0, len(messages), 50_000))
+    told = sum(item.written for item in in_parts(book.record_outcomes, message_rows(heard, named, life)))
     split = table[table["arm"].notna()] if "arm" in table else table[:0]
+    states = [Rollout.from_dict(event.evidence) for event in Registry(workspace.root).events() if event.action == "rollout"] if len(split) else []
     for (experiment, stage), part in split.groupby(["experiment", "stage"]):
         first = part.sort_values("decided_at").drop_duplicates("user_id")
-        told_of = [Rollout.from_dict(event.evidence) for event in Registry(workspace.root).events() if event.action == "rollout" and event.subject == experiment]
-        split_of = next(state.split for state in reversed(told_of) if state.split and state.split[1] == stage)
-        assert split_of is not None
+        split_of = next(state.split for state in reversed(states) if state.split and (state.name, state.split[1]) == (experiment, stage))
         book.expose(exposures(assign(pseudonyms(first["user_id"].tolist(), book.secret), *split_of), first["decided_at"].tolist(), first["id"].tolist()))
     return written, told

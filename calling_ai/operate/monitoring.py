@@ -15,12 +15,11 @@ __all__ = ['SHORTEST', 'QUIET', 'FAILED', 'GRACE', 'WATCHED', 'SCORES', 'EPOCH',
            'plot_calibration', 'plot_drift', 'plot_service', 'told_in_words', 'rows_of_findings', 'rows_of_groups',
            'rows_of_drift', 'example_record', 'json_of', 'read_monitored', 'write_report', 'monitor']
 
-# %% ../../nbs/operate/monitoring.ipynb #7de3930a
+# %% ../../nbs/operate/monitoring.ipynb #d8ace2cd
 import contextlib
 import datetime as dt
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ from ..experiments.anytime import confidence_sequence
 from ..experiments.drift import SIZES, TAILS, Drift, Drifted, Score, effects, ranking
 from ..models.evaluation import FEWEST_PEOPLE
 from .alerts import close, open_alerts, tell
-from .notebooks import run_notebook
+from .notebooks import run_notebook, seen_from
 from .performance import Calibration, Delays, Group, calibration_of, delays_of, label_weights, measure_group, measure_groups, share_of_people
 from .reports import render
 from ..registry.versions import Registry
@@ -84,7 +83,7 @@ def example_log(
     book.record_outcomes(messages.drop(columns=["outcome_id", "record_id", "user_id"]))
     return end
 
-# %% ../../nbs/operate/monitoring.ipynb #60a5a399
+# %% ../../nbs/operate/monitoring.ipynb #19e7dd95
 def label_of(
     calling_score: Any,  # version of the calling-score model, or nothing
     outcome: Any,        # version of the outcome model, or nothing
@@ -120,9 +119,8 @@ def live_of(
     if not rows: raise NotFoundError("the decision log holds nothing yet: there is nothing to monitor; decisions come from Scorer(log=...), or from calling-ai run")
     known = {label_of(row["calling_score_version"], row["outcome_version"]): (row["first"], row["last"]) for row in rows}
     first, last = min(item[0] for item in known.values()), max(item[1] for item in known.values())
-    registry, champions = Registry(workspace.root), {}
-    for model in MODELS:
-        with contextlib.suppress(NotFoundError): champions[model] = registry.get(model, "champion").version
+    registry = Registry(workspace.root)
+    champions = {model: item.version for model, item in registry.champions().items()}
     label = label_of(*(champions.get(model) for model in MODELS))
     if not champions or label not in known: label = max(known, key=lambda name: known[name][1])
     since, days = known[label][0], dt.timedelta(days=workspace.monitoring.reference_days)
@@ -555,7 +553,7 @@ def json_of(
     "Return records as plain numbers and texts."
     return json.loads(to_json([item.to_dict() for item in items]))
 
-# %% ../../nbs/operate/monitoring.ipynb #b24e8982
+# %% ../../nbs/operate/monitoring.ipynb #a2a05953
 def read_monitored(
     workspace: Settings,
 ) -> dict[str, Any] | None:  # nothing when nothing was monitored yet
@@ -569,7 +567,8 @@ def write_report(
 ) -> Path:  # reports/monitor/index.html
     "Run the notebook on a record and render it."
     executed, page = workspace.var / "monitoring" / "monitor.ipynb", workspace.reports / "monitor" / "index.html"
-    run_notebook(workspace.root / "nbs" / "pipelines" / "monitor.ipynb", {"monitored": Path(os.path.relpath(path, workspace.root / "nbs" / "pipelines")).as_posix()}, executed)
+    notebook = workspace.root / "nbs" / "pipelines" / "monitor.ipynb"
+    run_notebook(notebook, {"monitored": seen_from(notebook.parent, path)}, executed)
     return render(executed, page, "Monitoring", navigation=[("All runs", "../index.html")])
 
 def monitor(

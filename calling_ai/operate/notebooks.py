@@ -12,7 +12,7 @@ went well is judged by its exit code alone, never by what the saved notebook cla
 
 # %% auto #0
 __all__ = ['Parameter', 'parameters_of', 'check_parameters', 'secrets_in', 'redact', 'NotebookRun', 'Progress', 'NotebookError',
-           'run_notebook', 'read_record', 'html_body']
+           'run_notebook', 'seen_from', 'read_record', 'html_body']
 
 # %% ../../nbs/operate/notebooks.ipynb #8b7af5bc
 import ast
@@ -600,6 +600,14 @@ def run_notebook(
         run, cause = _keep(job, process.returncode)
     if not run.ok: raise NotebookError(run, cause)
     return run
+
+# %% ../../nbs/operate/notebooks.ipynb #82d67c7d
+def seen_from(
+    folder: str | Path,  # of a notebook
+    path: str | Path,
+) -> str:
+    "Return a path as a notebook in a folder sees it."
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 # %% ../../nbs/operate/notebooks.ipynb #0db8271e
 def read_record(

@@ -14,7 +14,7 @@ __all__ = ['SOURCE', 'Progress', 'PAGES', 'STEPS', 'Run', 'next_weeks', 'start_r
            'train_calling_score', 'train_outcome', 'evaluate', 'compare', 'verdict', 'register', 'report', 'reported',
            'read_result', 'run_pipeline', 'summary']
 
-# %% ../../nbs/operate/pipeline.ipynb #5036618f
+# %% ../../nbs/operate/pipeline.ipynb #a869c070
 import contextlib
 import datetime
 import os
@@ -30,7 +30,7 @@ from ..core.files import read_json, sha256_file, write_json
 from ..core.records import Estimate, Record, explained
 from ..core.settings import Settings
 from .loop import lived_weeks
-from .notebooks import read_record, run_notebook
+from .notebooks import read_record, run_notebook, seen_from
 from .overview import home
 from .reports import Headline, RunRecord, render, write_run
 from ..registry.versions import Registry, Version, VersionDraft, environment
@@ -86,9 +86,9 @@ def start_run(
     except OSError as error: raise explain_os_error(error, f"making the folder of the run in {workspace.store.folder}") from error
     return run
 
-# %% ../../nbs/operate/pipeline.ipynb #ac9884a9
+# %% ../../nbs/operate/pipeline.ipynb #6dfe38df
 def _relative(run: Run, path: Path) -> str:
-    return Path(os.path.relpath(path, run.settings.root / "nbs" / "pipelines")).as_posix()
+    return seen_from(run.settings.root / "nbs" / "pipelines", path)
 
 def _absolute(run: Run, path: str) -> Path:
     return Path(os.path.normpath(run.settings.root / "nbs" / "pipelines" / path))
@@ -129,10 +129,7 @@ def champions(
     workspace: Settings,  # settings of the workspace
 ) -> dict[str, Version]:  # by model; a model that has none is absent
     "Return the champion of each model."
-    found = {}
-    for model in MODELS:
-        with contextlib.suppress(NotFoundError): found[model] = Registry(workspace.root).get(model, "champion")
-    return found
+    return Registry(workspace.root).champions()
 
 # %% ../../nbs/operate/pipeline.ipynb #9068e367
 def prepare(run: Run, progress: Progress | None = None) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _notebook(workspace: Settings, version: Version) -> list[Item]:
     equal = code(kept) == code(source)
     return [*items, Item("notebook today", "says the same" if equal else "has changed since", equal)]
 
-# %% ../../nbs/operate/reproduce.ipynb #1604f4f7
+# %% ../../nbs/operate/reproduce.ipynb #dd22f3d1
 def reproduce(
     workspace: Settings,
     version: str,              # name or alias
@@ -75,7 +75,8 @@ def reproduce(
 
 def _again(workspace: Settings, registry: Registry, known: Version) -> Reproduced:
     if "online" in known.parameters: raise NotFoundError(f"{known.model} {known.version} was learned online, as a correction of {known.parent}: reproduce that one; the correction lives from the order in which outcomes came")
-    if not known.snapshot_digest: raise NotFoundError(f"{known.model} {known.version} names no snapshot: it cannot be trained again")
+    lacking = "no snapshot" if not known.snapshot_digest else "no specification and options" if not {"spec", "options"} <= set(known.parameters) else None
+    if lacking: raise NotFoundError(f"{known.model} {known.version} names {lacking}: it cannot be trained again")
     try: frame = read_snapshot(workspace.var / "snapshots", known.snapshot_digest)
     except NotFoundError as error: raise NotFoundError(f"{known.model} {known.version} was trained from the snapshot {known.snapshot_digest[:12]}, which is not there any more: {error}") from None
     rows, old = labelled_rows(frame, known.model), registry.load_file(known)

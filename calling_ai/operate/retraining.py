@@ -12,9 +12,10 @@ better stays in staging with the reason."""
 __all__ = ['RECORDS', 'Due', 'trained_until', 'due', 'period_of', 'wanted', 'resumed', 'step_inputs', 'step_outputs', 'run_steps',
            'Retrained', 'retrain', 'in_words']
 
-# %% ../../nbs/operate/retraining.ipynb #7048b573
+# %% ../../nbs/operate/retraining.ipynb #70e95ab4
 import dataclasses
 import datetime as dt
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from .rollout import begin, clock, current
 from ..registry.versions import Registry
 from ..store.database import engine, reading
 from ..store.migrations import ensure
-from ..store.runs import Claim, Run, claim, listed, skip
+from ..store.runs import Claim, Run, Taken, claim, listed, overdue, skip
 from ..store.schema import outcomes
 
 # %% ../../nbs/operate/retraining.ipynb #63ec8cf2
@@ -101,7 +102,7 @@ def wanted(
     fresh = now - found.periods[-1] <= min(dt.timedelta(days=1), dt.timedelta(days=workspace.retraining.days))  # looked at daily: later than that the machine slept
     return (names[-1:], names[:-1]) if fresh else ([], names)
 
-# %% ../../nbs/operate/retraining.ipynb #1b99cd91
+# %% ../../nbs/operate/retraining.ipynb #29ade7ec
 def resumed(
     workspace: Settings,
     held: Claim,
@@ -121,11 +122,11 @@ def step_inputs(
     "Return what goes into a step: the run, its settings, the notebook, and the records of the steps before."
     settings_of = {part: getattr(run.settings, part).to_dict() for part in ("town", "policy", "training", "evaluation", "retraining")}
     notebook = run.settings.root / "nbs" / "pipelines" / f"{'train' if name.startswith('train') else name}.ipynb"
-    before = {item: run.folder / f"{item}.json" for item in RECORDS.values() if (run.folder / f"{item}.json").is_file()}
-    order = list(RECORDS)
-    earlier = {f"record {item}": path for item, path in before.items() if name in order and item in [RECORDS[step] for step in order[: order.index(name)]]}
-    return {"run": run.run_id, "settings": settings_of, **({"notebook": notebook} if notebook.is_file() else {}), **earlier,
-            **({"champions": {model: item.version for model, item in champions(run.settings).items()}} if name == "compare" else {})}
+    before = itertools.takewhile(lambda step: step != name, RECORDS) if name in RECORDS else ()
+    found: dict[str, Any] = {f"record {RECORDS[step]}": run.folder / f"{RECORDS[step]}.json" for step in before} | {"notebook": notebook}
+    found = {key: path for key, path in found.items() if path.is_file()} | {"run": run.run_id, "settings": settings_of}
+    if name == "compare": found["champions"] = {model: item.version for model, item in champions(run.settings).items()}
+    return found
 
 RECORDS = {"prepare": "prepare", "train calling score": "train-calling_score", "train outcome": "train-outcome", "evaluate": "evaluate", "compare": "compare", "register": "register"}
 
@@ -157,7 +158,7 @@ def run_steps(
         wrap(name, once)
     return over
 
-# %% ../../nbs/operate/retraining.ipynb #c5055df7
+# %% ../../nbs/operate/retraining.ipynb #64d1b02b
 @dataclass(frozen=True)
 class Retrained(Record):
     "What a look at the retraining has done."
@@ -179,7 +180,6 @@ def retrain(
     wrap: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]] = lambda name, work: work(),  # around each step
 ) -> Retrained:
     "Train again where it is due, once for each period."
-    from calling_ai.store.runs import Taken
     moment, database = now or clock(workspace), engine(workspace.database_url)
     found = due(workspace, moment)
     unfinished = [run.period for run in _unfinished(database)]
@@ -205,7 +205,6 @@ def retrain(
 
 def _unfinished(database: Any) -> list[Run]:
     "Return retrainings that were begun and neither finished nor given up: crashed, or beyond their lease."
-    from calling_ai.store.runs import overdue
     late = {run.key for run in overdue(database)}
     return [run for run in reversed(listed(database, "retrain")) if run.state in ("crashed", "interrupted", "failed") and run.attempt < 4 or run.key in late]
 

@@ -13,10 +13,9 @@ for a person, `abort` gives everybody the champion."""
 __all__ = ['SHADOWED', 'current', 'clock', 'begin', 'shadow_facts', 'step', 'pause', 'resume', 'approve', 'abort', 'Told',
            'in_words', 'example_workspace', 'example_day']
 
-# %% ../../nbs/operate/rollout.ipynb #acb287f8
+# %% ../../nbs/operate/rollout.ipynb #aa6b1ec1
 import dataclasses
 import datetime as dt
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +36,7 @@ from ..experiments.rollout import (
     ADVANCE, BACK, CANNOT_TELL, CHALLENGER, EVERYBODY, HOLD, SHADOW, Judgement, Plan, Rollout, judge, plan_rollout, read_shares)
 from .alerts import close, tell
 from .experiment import summaries_of
-from .notebooks import run_notebook
+from .notebooks import run_notebook, seen_from
 from .releases import ensure_release
 from .reports import render
 from ..registry.versions import Change, Registry, Version
@@ -81,10 +80,10 @@ def _write(change: Change, number: int | None, before: Rollout | None, after: Ro
     stages = {"stages": [SHADOW, *(after.planned.stages if after.planned else ()), EVERYBODY]}
     change.note("rollout", after.name, before.state if before else None, after.state, after.to_dict() | stages)
 
-# %% ../../nbs/operate/rollout.ipynb #9b75a7d3
+# %% ../../nbs/operate/rollout.ipynb #e4be8953
 def _chosen(registry: Registry, version: str | Mapping[str, str] | None) -> dict[str, str]:
     "Return the version of each model that is to be rolled out."
-    champions = {item.model: item for item in registry.list() if "champion" in item.aliases}
+    champions = registry.champions()
     if isinstance(version, Mapping): return {model: registry.get(model, name).version for model, name in version.items()}
     found: dict[str, Version] = {}
     for model in MODELS:
@@ -112,29 +111,28 @@ def begin(
         raise RefusedError(f"rollout {last.subject} is under way ({last.after}): one at a time; `calling-ai rollout abort` ends it")
     alone = version is None and weight is not None
     versions = {} if alone else _chosen(registry, version)
-    against = {item.model: item.version for item in registry.list() if "champion" in item.aliases}
+    against = {model: item.version for model, item in registry.champions().items()}
     if alone and "calling_score" not in against: raise RefusedError("weight cannot be tried alone: no calling score is live; begin with a version")
     if weight is None and "calling_score" in versions: weight = workspace.rollout.weight
     if weight is not None and not 0 <= weight <= 0.5: raise InputError(f"weight is {weight}: it must lie in [0, 0.5]")
-    ensure_release(workspace, {**against, **versions}, actor)
     name = f"rollout-{1 + len({event.subject for event in registry.events() if event.action == 'rollout'})}"
     moment = (now or clock(workspace)).isoformat()
     made = Rollout(name, SHADOW, versions, against, weight, moment, moment, verdict=CANNOT_TELL, reasons=("It begins in shadow: nobody gets it yet.",))
+    ensure_release(workspace, made.pair, actor)
     with registry.changing(actor, {model: against.get(model) for model in MODELS}) as change:
         for model, item in versions.items(): change.promote(model, item, CHALLENGER, {"rollout": name})
         _write(change, last.number if last else None, None, made)
     return made
 
-# %% ../../nbs/operate/rollout.ipynb #c11efd54
+# %% ../../nbs/operate/rollout.ipynb #596b4be3
 SHADOWED = 20_000  # decisions that are scored again at most
 
 def _scorers(workspace: Settings, state: Rollout) -> dict[str, Scorer]:
     live = Registry(workspace.root).live().weight
     base = Policy(**workspace.policy.to_dict())
     base = base if live is None else dataclasses.replace(base, weight=live)
-    new = base if state.weight is None else dataclasses.replace(base, weight=state.weight)
     def opened(versions: dict[str, str], policy: Policy) -> Scorer: return Scorer.load(versions, workspace.root, policy) if versions else Scorer.formula_only(policy)
-    return {"champion": opened(state.against, base), CHALLENGER: opened({**state.against, **state.versions}, new)}
+    return {"champion": opened(state.against, base), CHALLENGER: opened(state.pair, state.policy(base))}
 
 def shadow_facts(
     workspace: Settings,
@@ -228,7 +226,7 @@ def _waits(workspace: Settings, stage: str) -> bool:
     try: return wanted == "all" or any(abs(float(part) - share) < 1e-9 for part in wanted.split(","))
     except ValueError: raise InputError(f"approval is {workspace.rollout.approval!r}: it must be none, all, or shares with commas such as 0.5, 1.0") from None
 
-# %% ../../nbs/operate/rollout.ipynb #ad596494
+# %% ../../nbs/operate/rollout.ipynb #2d41d5bd
 def step(
     workspace: Settings,
     now: dt.datetime | None = None,  # by default `clock`
@@ -240,7 +238,7 @@ def step(
     state, number = _running(registry)
     planned, judged = state.planned, None
     verdict, to = CANNOT_TELL, None  # type: str, str | None
-    champions, facts = {item.model: item.version for item in registry.list() if "champion" in item.aliases}, dict[str, Any]()
+    champions, facts = {model: item.version for model, item in registry.champions().items()}, dict[str, Any]()
     if champions != state.against: to, reasons = "nobody", ["The champion was changed by somebody else: the comparison is over."]
     elif state.state == SHADOW: verdict, to, reasons, facts, planned = _in_shadow(workspace, state, moment)
     else: verdict, to, reasons, facts, judged = _in_stage(workspace, state, moment)
@@ -332,17 +330,16 @@ def abort(
     new = dataclasses.replace(state, state="aborted", since=now.isoformat(), waiting=False, reasons=(f"Aborted by {actor or 'somebody'}{': ' + reason if reason else ''}.",))
     return _ended(workspace, registry, state, number, new, actor, now)
 
-# %% ../../nbs/operate/rollout.ipynb #293b5103
+# %% ../../nbs/operate/rollout.ipynb #52578dec
 def _report(workspace: Settings, state: Rollout, now: dt.datetime) -> None:
     "Draw the report of a stage; a report that fails stops nothing."
     assert state.planned is not None
     folder, notebook = workspace.var / "rollouts", workspace.root / "nbs" / "pipelines" / "experiment.ipynb"
     if not notebook.is_file(): return
     protocol = write_json(folder / f"{state.name}.json", state.planned.protocol.to_dict())
-    relative = Path(os.path.relpath(protocol, notebook.parent)).as_posix()
     page = workspace.reports / "rollouts" / f"{state.name}.html"
     try:
-        run_notebook(notebook, {"protocol": relative, "as_of": now.isoformat()}, folder / f"{state.name}.ipynb")
+        run_notebook(notebook, {"protocol": seen_from(notebook.parent, protocol), "as_of": now.isoformat()}, folder / f"{state.name}.ipynb")
         render(folder / f"{state.name}.ipynb", page, f"Rollout {state.name}", navigation=[("All runs", "../index.html")])
     except CallingError as error: tell(workspace, "report:rollout", "warning", "The report of the rollout could not be drawn", " ".join(str(error).split())[:500], command="calling-ai rollout step")
     else: close(workspace, "report:rollout")
@@ -361,7 +358,8 @@ def in_words(
     against = ", ".join(f"{model} {version}" for model, version in state.against.items()) or "the formula"
     marks = [word for word, yes in (("paused", state.paused), ("waits for a person", state.waiting)) if yes]
     weight = "" if state.weight is None else f", weight {state.weight:g}"
-    next_ = {True: "calling-ai versions log         what happened", False: "calling-ai rollout step         look again" if not state.waiting else "calling-ai rollout approve      let the next stage begin"}[state.is_over]
+    if state.is_over: next_ = "calling-ai versions log         what happened"
+    else: next_ = "calling-ai rollout approve      let the next stage begin" if state.waiting else "calling-ai rollout step         look again"
     stage = state.facts.get("stage", {})
     seen = [f"{stage['users']:,.0f} effective users in this stage, {stage['fraction']:.0%} of the {stage['planned']:,} planned"] if stage.get("users") and not state.is_over else []
     return Told(f"{state.name}: {state.state}{' (' + ', '.join(marks) + ')' if marks else ''}; last verdict: {state.verdict}", (f"{names}{weight}, against {against}; in this state since {state.since[:16].replace('T', ' ')} UTC", *state.reasons, *seen, next_))

@@ -11,9 +11,8 @@ is a verdict and a set of parameters, and nobody promotes those by accident."""
 # %% auto #0
 __all__ = ['search_parts', 'tune_model']
 
-# %% ../../nbs/operate/search.ipynb #c8a2be9f
+# %% ../../nbs/operate/search.ipynb #81aad1c3
 import datetime
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..core.contract import check_model
 from ..core.errors import InputError, NotFoundError
 from ..core.settings import Settings
 from .candidates import LabelledRows
-from .notebooks import Progress, read_record, run_notebook
+from .notebooks import Progress, read_record, run_notebook, seen_from
 from .reports import render
 from ..registry.versions import Registry
 from ..score.policy import uniforms
@@ -45,7 +44,7 @@ def search_parts(
         return LabelledRows(of.features[chosen], of.target[chosen], of.weight[chosen], of.split[chosen], of.user[chosen], of.without_outcome)
     return learn, those(check, ~other), those(check, other)
 
-# %% ../../nbs/operate/search.ipynb #0343be29
+# %% ../../nbs/operate/search.ipynb #5286a0b8
 def _snapshot(workspace: Settings, model: str, data: str | Path | None) -> Path:
     "Return the snapshot to search on."
     folder = workspace.var / "snapshots"
@@ -74,7 +73,7 @@ def tune_model(
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-tune-{model}"
     folder = workspace.var / "runs" / run_id
     folder.mkdir(parents=True, exist_ok=True)
-    def relative(path: Path) -> str: return Path(os.path.relpath(path, notebook.parent)).as_posix()
+    def relative(path: Path) -> str: return seen_from(notebook.parent, path)
     executed, page = folder / "tune.ipynb", workspace.reports / run_id / "tune.html"
     try:
         run_notebook(notebook, {"model": model, "snapshot": relative(snapshot), "trials": trials, "seconds": float(seconds), "seeds": seeds, "epochs": epochs, "study": name,

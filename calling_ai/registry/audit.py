@@ -61,7 +61,7 @@ def _numbers(versions: list[Version]) -> str | None:
         seen[item.model, major] = minor
     return None
 
-# %% ../../nbs/registry/audit.ipynb #30a7ebf6
+# %% ../../nbs/registry/audit.ipynb #588e269e
 def audit(
     registry: Registry,
     seen: str | None = None,  # a head that somebody noted earlier: it must be in the ledger
@@ -92,11 +92,13 @@ def audit(
     def files() -> tuple[str, bool]:
         for item in versions: registry.load_file(item)
         if registry.remote is not None:
-            lost = [item for item in versions if not registry.remote.has("models", item.digest, item.size)]
-            if lost: return f"the file of {lost[0].model} {lost[0].version} is not at {registry.remote.url}: keep it there again with calling-ai doctor --fix", False
+            lost = [item for item in versions if not registry.remote.has("models", item.digest)]
+            if lost: return f"the file of {lost[0].model} {lost[0].version} is not at {registry.remote.url}, or damaged there: keep it there again with calling-ai doctor --fix", False
         releases = {event.after: event.evidence["size"] for event in events if event.action == "release" and event.after}
-        live = {model: item for item in versions for model in MODELS if item.model == model and "champion" in item.aliases}
+        live = registry.champions()
         needed, checked = registry.release(live) if live else None, 0
+        if registry.remote is not None and needed and not registry.remote.has("releases", needed.digest):
+            return f"release {needed.digest[:12]}, which is live, is not at {registry.remote.url}, or damaged there: keep it there again with calling-ai doctor --fix", False
         for digest, size in releases.items():
             path = registry.releases / f"{digest}.onnx"
             if not path.exists() and (needed is None or digest != needed.digest): continue  # an old one can be composed again

@@ -9,16 +9,16 @@ folder stays as a cache: what was once here serves also while the address is awa
 # %% auto #0
 __all__ = ['Remote', 'bring']
 
-# %% ../../nbs/registry/storage.ipynb #a072c625
-import hashlib
+# %% ../../nbs/registry/storage.ipynb #8d9781cf
+import contextlib
 import secrets
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import CallingError, IntegrityError, SettingsError, StorageError, UnavailableError
-from ..core.files import sha256_bytes, write_bytes
+from ..core.files import sha256_bytes, sha256_file, write_bytes
 
-# %% ../../nbs/registry/storage.ipynb #05aa0ab1
+# %% ../../nbs/registry/storage.ipynb #8d973a85
 class Remote:
     "A place for files that are known by their digest."
 
@@ -51,13 +51,10 @@ class Remote:
     def has(self,
         kind: str,    # models or releases
         digest: str,  # SHA-256 of the content
-        size: int,    # bytes
     ) -> bool:
-        "Say whether a file is there, by its size."
-        system = self._open()[0]
-        try: return int(system.info(self._name(kind, digest))["size"]) == size
-        except FileNotFoundError: return False
-        except Exception as error: raise StorageError(f"{kind} at {self.url} cannot be looked at ({type(error).__name__}): check the address, the network and who may read there") from error
+        "Say whether a file is there, whole: its content is read."
+        data = self._read(kind, digest)
+        return data is not None and sha256_bytes(data) == digest
 
     def put(self,
         path: Path,  # folder/<sha256>.onnx
@@ -65,7 +62,7 @@ class Remote:
     ) -> None:
         "Keep a file there, and read it back; what is there already, whole, is left alone."
         digest, data = path.stem, path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest: raise IntegrityError(f"{path.name} is not what its name says: it was damaged on this machine")
+        if sha256_bytes(data) != digest: raise IntegrityError(f"{path.name} is not what its name says: it was damaged on this machine")
         there = self._read(kind, digest)
         if there == data: return
         system, name = self._open()[0], self._name(kind, digest)
@@ -75,7 +72,9 @@ class Remote:
             with system.open(part, "wb") as stream: stream.write(data)
             if there is not None: system.rm(name)
             system.mv(part, name)
-        except Exception as error: raise StorageError(f"{path.name} could not be kept at {self.url} ({type(error).__name__}): check the address, the network and who may write there") from error
+        except Exception as error:
+            with contextlib.suppress(Exception): system.rm(part)
+            raise StorageError(f"{path.name} could not be kept at {self.url} ({type(error).__name__}): check the address, the network and who may write there") from error
         if self._read(kind, digest) != data: raise IntegrityError(f"{path.name} reads back differently from what was written at {self.url}: that place is not to be trusted")
 
     def fetch(self,
@@ -95,5 +94,5 @@ def bring(
     kind: str,   # models or releases
     url: str,    # `[store] models`; empty is none
 ) -> None:
-    "See to it that a file is on this machine, if it is anywhere."
-    if url and not path.is_file(): Remote(url).fetch(path, kind)
+    "See to it that a file is on this machine, whole, if it is anywhere; one that was damaged here comes again."
+    if url and not (path.is_file() and sha256_file(path) == path.stem): Remote(url).fetch(path, kind)

@@ -14,7 +14,7 @@ __all__ = ['ALIASES', 'STATUSES', 'versions_table', 'aliases_table', 'events_tab
            'VersionDraft', 'Version', 'Event', 'restore_estimates', 'keep_file', 'number_next', 'Release',
            'release_key', 'Registry', 'Change', 'Live', 'live_of']
 
-# %% ../../nbs/registry/versions.ipynb #ae317534
+# %% ../../nbs/registry/versions.ipynb #9ade8119
 import contextlib
 import datetime as dt
 import importlib.metadata
@@ -37,7 +37,7 @@ from ..core.files import atomic_path, read_checked, sha256_file, to_json
 from ..core.records import Estimate, Record, explained
 from ..core.settings import settings
 from .ledger import GENESIS, entry_digest
-from .storage import Remote
+from .storage import Remote, bring
 from ..store.database import Moment, engine, metadata, reading, writing
 from ..store.migrations import ensure
 from ..store.schema import facts
@@ -201,7 +201,7 @@ def release_key(
     "Return what a release of these versions is known by."
     return "+".join(versions[model].digest if model in versions else "-" for model in MODELS)
 
-# %% ../../nbs/registry/versions.ipynb #1ec73f70
+# %% ../../nbs/registry/versions.ipynb #099d3165
 class Registry:
     "The versions of a workspace."
 
@@ -331,6 +331,10 @@ class Registry:
         with self._looking() as connection:
             return [] if connection is None else _read(connection, *([versions_table.c.model == model] if model else []))
 
+    def champions(self) -> dict[str, Version]:
+        "Return the champion of each model that has one."
+        return _champions(self.list())
+
     def aliases(self) -> dict[str, dict[str, str]]:
         "Return for each model which version plays which part."
         return {model: {alias: item.version for item in self.list(model) for alias in item.aliases} for model in MODELS}
@@ -346,7 +350,7 @@ class Registry:
     ) -> bytes:
         "Return the content of the model file, after its size and digest were compared with what was registered."
         path = self.folder / f"{version.digest}.onnx"
-        if self.remote is not None and not path.is_file(): self.remote.fetch(path, "models")
+        if self.remote is not None: bring(path, "models", self.remote.url)
         return read_checked(path, version.digest, version.size, f"model file of {version.model} {version.version}",
                             f"restore {version.digest}.onnx from a backup, or train again")
 
@@ -408,13 +412,16 @@ class Registry:
         with reading(self.database) as connection:
             yield connection if sa.inspect(connection).has_table(versions_table.name) else None
 
-# %% ../../nbs/registry/versions.ipynb #b20d6b08
+# %% ../../nbs/registry/versions.ipynb #086574bf
 def _still_there(kept: Path, file: str | Path) -> None:
     "See to it that a file which is about to be referred to is there: before the lock was ours, a clean-up may have taken it for a leftover."
     if not kept.is_file() and keep_file(file, kept.parent) != kept: raise IntegrityError(f"{Path(file).name} has changed while it was registered: register it again")
 
 def _nothing(model: str) -> NotFoundError:
     return NotFoundError(f"no version of {model} is registered yet: `calling-ai run` or `calling-ai train --model {model} --data FILE` makes one")
+
+def _champions(known: Sequence[Version]) -> dict[str, Version]:
+    return {model: item for model in MODELS for item in known if item.model == model and "champion" in item.aliases}
 
 def _version(row: RowMapping, aliases: Sequence[str]) -> Version:
     values = {name: row[name] for name in Version.__dataclass_fields__ if name not in ("aliases", "metrics")}
@@ -450,7 +457,7 @@ def _last_release(connection: Connection, key: str) -> Release | None:
     last = _last_event(connection, "release", key, "release")
     return None if last is None else Release(key, str(last.after), last.evidence["size"], last.evidence["versions"])
 
-# %% ../../nbs/registry/versions.ipynb #325a0204
+# %% ../../nbs/registry/versions.ipynb #44ffbb3b
 class Change:
     "One transaction of the registry: what is done in it becomes visible together, or not at all."
 
@@ -478,7 +485,7 @@ class Change:
     def champions(self) -> dict[str, Version]:
         "Return the champion of each model that has one."
         known = _read(self.connection)
-        return {model: item for model in MODELS for item in known if item.model == model and "champion" in item.aliases}
+        return _champions(known)
 
     def expect(self,
         expected: Mapping[str, str | None],  # by model: the champion that a change was decided on, or none

@@ -10,9 +10,9 @@ challenger falls back as anywhere, and counts for its arm. `score` and `score_fr
 # %% auto #0
 __all__ = ['REMEMBERED', 'Trial', 'LiveScorer']
 
-# %% ../../nbs/serve/live.ipynb #63c4af6e
-import dataclasses
+# %% ../../nbs/serve/live.ipynb #59cde4f2
 import datetime as dt
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ class Trial:
             new = sorted(first.values())
         return [known[key] for key in keys], new
 
-# %% ../../nbs/serve/live.ipynb #71957742
+# %% ../../nbs/serve/live.ipynb #26400890
 class LiveScorer(Scorer):
     "Scores moments with what is live, and with what is being tried for the users who belong to it."
 
@@ -111,13 +111,16 @@ class LiveScorer(Scorer):
     def _challenger(self, rollout: "Rollout") -> Scorer:
         "Open the new version of a rollout."
         assert self._source is not None
-        policy = self.policy if rollout.weight is None else dataclasses.replace(self.policy, weight=rollout.weight)
-        return Scorer.load({**rollout.against, **rollout.versions}, self._source.found.root, policy, log=self.log, refresh_seconds=self.refresh_seconds, budget_seconds=self.budget_seconds)
+        return Scorer.load(rollout.pair, self._source.found.root, rollout.policy(self.policy), log=self.log, refresh_seconds=self.refresh_seconds, budget_seconds=self.budget_seconds)
+
+    @functools.cached_property
+    def _secret(self) -> bytes:
+        from calling_ai.store.identity import user_secret
+        assert self._source is not None
+        return self.log.log.secret if self.log is not None else user_secret(self._source.found)
 
     def _keys(self, users: Sequence[Any]) -> list[str]:
-        from calling_ai.store.identity import pseudonyms, user_secret
-        assert self._source is not None
-        if not hasattr(self, "_secret"): self._secret = self.log.log.secret if self.log is not None else user_secret(self._source.found)
+        from calling_ai.store.identity import pseudonyms
         return list(pseudonyms(list(users), self._secret))
 
     def arm_of(self,
@@ -175,9 +178,9 @@ class LiveScorer(Scorer):
         for arm in dict.fromkeys(arms):
             places = np.array([place for place, own in enumerate(arms) if own == arm])
             scorer = trial.challenger if trial is not None and arm == "challenger" else self
-            parts = [None if part is None else part[places] for part in (table.assessment, table.trend, refused)]
+            parts = [None if part is None else part[places] for part in (table.assessment, table.trend)]
             ids = None if decision_ids is None else np.asarray(decision_ids)[places]
-            found.append((places, arm, _quietly(scorer, np.ascontiguousarray(table.values[places]), ids, *parts)))
+            found.append((places, arm, scorer._score_many(np.ascontiguousarray(table.values[places]), ids, refused if refused is None else refused[places], *parts)))
         return found
 
     def score_frame(self,
@@ -216,14 +219,3 @@ class LiveScorer(Scorer):
         "Stop looking at the registry; scores go on."
         super().close()
         if self._trial: self._trial.challenger.close()
-
-def _quietly(scorer: Scorer, values: np.ndarray, ids: Any, assessment: Any, trend: Any, refused: Any) -> Scored:
-    "Score without writing down."
-    from calling_ai.score.policy import explore
-    answer, by = scorer._ask(values, assessment, trend)
-    turned = None
-    if refused is not None or (ids is not None and scorer.policy.exploration):
-        turned = explore(answer[:, 1] != 0, scorer._exploring(ids is not None), np.zeros(len(values), dtype=np.int64) if ids is None else ids, refused)
-    scored = Scored(answer, values, by.problems, by.versions, by.release, by.why, turned, ids)
-    scorer._count_many(scored)
-    return scored

@@ -154,7 +154,7 @@ def rows_of(
         rows.append(row)
     return rows
 
-# %% ../../nbs/serve/scorer.ipynb #801b5bb8
+# %% ../../nbs/serve/scorer.ipynb #9b9633b7
 _tried: set[str] = set()  # digests of files that came back well from the child process
 
 @dataclass
@@ -377,13 +377,7 @@ class Scorer:
         logged = None if self.log is None else self._about(len(features), user_ids, opportunity_ids, decided_at, refused, experiment, arm, stage)
         if logged is not None and decision_ids is None: decision_ids = [_new_id() for _ in range(len(features))]
         if decision_ids is not None and len(decision_ids) != len(features): raise InputError(f"decision_ids has {len(decision_ids)} items: there are {len(features)} moments")
-        answer, by = self._ask(features, assessment, trend)
-        turned = None
-        if refused is not None or (decision_ids is not None and self.policy.exploration):
-            ids = np.zeros(len(features), dtype=np.int64) if decision_ids is None else decision_ids
-            turned = explore(answer[:, 1] != 0, self._exploring(decision_ids is not None), ids, refused)
-        scored = Scored(answer, features, by.problems, by.versions, by.release, by.why, turned, decision_ids)
-        self._count_many(scored)
+        scored = self._score_many(features, decision_ids, refused, assessment, trend)
         if logged is not None: self._write(scored, logged, assessment, trend, begun)
         return scored
 
@@ -440,6 +434,17 @@ class Scorer:
                 if not failed: return answer, Served(spare.problems, spare.versions, spare.release, f"{why}; last good release")
             except Exception as error: self._failed(spare.release or "spare", _why(spare, error, 0))
         return self._formula(values, assessment, trend)[0], Served(dict.fromkeys(MODELS, why), {}, None, None)
+
+    def _score_many(self, features: np.ndarray, decision_ids: Any, refused: np.ndarray | None, assessment: np.ndarray | None, trend: np.ndarray | None) -> Scored:
+        "Score and count valid moments, without writing them down."
+        answer, by = self._ask(features, assessment, trend)
+        turned = None
+        if refused is not None or (decision_ids is not None and self.policy.exploration):
+            ids = np.zeros(len(features), dtype=np.int64) if decision_ids is None else decision_ids
+            turned = explore(answer[:, 1] != 0, self._exploring(decision_ids is not None), ids, refused)
+        scored = Scored(answer, features, by.problems, by.versions, by.release, by.why, turned, decision_ids)
+        self._count_many(scored)
+        return scored
 
     def _within(self, live: Live, values: np.ndarray, assessment: np.ndarray | None, trend: np.ndarray | None) -> tuple[np.ndarray, Mapping[str, str]]:
         "Answer within the budget, or raise."
