@@ -645,7 +645,7 @@ def retrain_models(
     if as_json: return _print_json(result)
     for line in in_words(result): console.print(line, soft_wrap=True)
 
-# %% ../nbs/cli.ipynb #8d984a67
+# %% ../nbs/cli.ipynb #f27d314d
 @app.command("learn")
 def learn_online(
     model: Annotated[ModelName | None, typer.Option(help="Which model.", show_default="both, where both are live")] = None,
@@ -661,7 +661,7 @@ def learn_online(
     if as_json: return _print_json(found)
     if not found: return _console().print("no model is live yet; make one with: calling-ai run", soft_wrap=True)
     rows = [[item.model, item.base, f"{item.rows:,}", f"{item.waiting:,}", str(item.worth.difference or "too early"), item.worth.verdict, f"{item.change:.3f}",
-             "fell back" if item.fell_back else item.published or "–"] for item in found]
+             "fell back" if item.fell_back else item.published or ("at its limit" if item.limited else "–")] for item in found]
     _console().print(_table("Learned online (loss less that of the full model, at all times together)", ["model", "corrects", "new", "waiting", "loss", "verdict", "change", "what follows"], rows, fold=False))
 
 # %% ../nbs/cli.ipynb #e458d809

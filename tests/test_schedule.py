@@ -136,7 +136,7 @@ def test_several_cycles_by_themselves(postgresql: Any, root: Path, tmp_path: Pat
         schedule.wait(120)
         log.close()
         shutil.copy(tmp_path / "schedule.log", Path(os.environ.get("SCHEDULE_LOG", os.devnull)))
-    counts = {kind: done(workspace, kind) for kind in ("collect", "retrain", "rollout", "monitor", "weekly")}
+    counts = {kind: done(workspace, kind) for kind in ("collect", "retrain", "learn", "rollout", "monitor", "weekly")}
     registry = Registry(folder)
     assert [check.name for check in audit(registry) if not check.ok] == []
     for model in ("calling_score", "outcome"):

@@ -35,7 +35,7 @@ def ranged(
     "Return a field of a section: a number in [`low`, `high`]."
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
 
-# %% ../../nbs/core/settings.ipynb #76514460
+# %% ../../nbs/core/settings.ipynb #52f6712b
 @dataclass(frozen=True)
 class StoreSettings(Record):
     "Where things are kept."
@@ -132,10 +132,10 @@ class RolloutSettings(Record):
 @dataclass(frozen=True)
 class OnlineSettings(Record):
     "How a model learns between two trainings."
-    batch: int = ranged("new outcomes of one update", 1, 1_000_000, 256)
-    replay: float = ranged("remembered rows per new one", 0, 100, 4.0)
-    trust: float = ranged("largest mean change of the answers against the last full model", 0.0001, 1, 0.05)
-    rate: float = ranged("learning rate", 1e-7, 1, 1e-4)
+    batch: int = ranged("new outcomes of one update", 1, 1_000_000, 64)
+    replay: float = ranged("remembered rows per new one", 0, 100, 1.0)
+    trust: float = ranged("largest mean change of the answers against the last full model", 0.0001, 1, 0.2)
+    rate: float = ranged("learning rate of the fastest learner", 1e-7, 10, 0.2)
 
 @dataclass(frozen=True)
 class MonitoringSettings(Record):
@@ -158,6 +158,7 @@ class ScheduleSettings(Record):
     "When flows run, in cron syntax, UTC."
     collect: str = explained("when decisions are collected and a snapshot is made", default="0 2 * * *")
     retrain: str = explained("when retraining is looked at", default="0 3 * * *")
+    learn: str = explained("when new outcomes are learned online; empty is never", default="30 3 * * *")
     rollout: str = explained("when a rollout takes its next step", default="0 4 * * *")
     monitor: str = explained("when everything is watched", default="0 5 * * *")
     score: str = explained("when tables are scored; empty is never", default="")

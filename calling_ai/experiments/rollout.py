@@ -161,7 +161,7 @@ def _days_over(summaries: Summaries, planned: Plan) -> str:
     lasted = (date.fromisoformat(max(days)) - date.fromisoformat(min(days))).days + 1 if days else 0
     return f"After {lasted} days there is no answer: the champion stays." if lasted > planned.days else ""
 
-# %% ../../nbs/experiments/rollout.ipynb #2603298b
+# %% ../../nbs/experiments/rollout.ipynb #7b50269e
 SHADOW, EVERYBODY = "shadow", "everybody"
 OVER = ("promoted", "rolled back", "ended", "aborted")
 
@@ -183,6 +183,7 @@ class Rollout(Record):
     verdict: str = explained("last verdict: advance, hold, roll back or cannot tell", default=CANNOT_TELL)
     reasons: tuple[str, ...] = explained("why, one sentence each", default=())
     facts: dict[str, Any] = explained("what was found in shadow, off-policy, and at the last look", default_factory=dict)
+    run: str = explained("key of the scheduled run that took the last step; empty when a person did", default="")
 
     @property
     def is_over(self) -> bool:

@@ -38,7 +38,7 @@ from ..store.migrations import ensure
 from ..store.runs import Claim, Run, Taken, claim, listed, overdue, skip
 from ..store.schema import outcomes
 
-# %% ../../nbs/operate/retraining.ipynb #63ec8cf2
+# %% ../../nbs/operate/retraining.ipynb #1e664837
 @dataclass(frozen=True)
 class Due(Record):
     "Whether a training is due."
@@ -52,12 +52,7 @@ def trained_until(
     workspace: Settings,
 ) -> dt.datetime | None:
     "Return until when the data of the last training reach."
-    moments = []
-    for item in Registry(workspace.root).list():
-        told = item.parameters.get("trained_until")
-        if told: moments.append(dt.datetime.fromisoformat(told))
-        elif item.snapshot_digest: moments.append(item.created_at)
-    return max(moments, default=None)
+    return max((item.trained_until for item in Registry(workspace.root).list() if item.trained_until), default=None)
 
 def due(
     workspace: Settings,

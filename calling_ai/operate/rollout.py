@@ -226,15 +226,23 @@ def _waits(workspace: Settings, stage: str) -> bool:
     try: return wanted == "all" or any(abs(float(part) - share) < 1e-9 for part in wanted.split(","))
     except ValueError: raise InputError(f"approval is {workspace.rollout.approval!r}: it must be none, all, or shares with commas such as 0.5, 1.0") from None
 
-# %% ../../nbs/operate/rollout.ipynb #2d41d5bd
+# %% ../../nbs/operate/rollout.ipynb #43cb414e
 def step(
     workspace: Settings,
     now: dt.datetime | None = None,  # by default `clock`
     actor: str = "rollout",          # who or which gate
     report: bool = True,             # draw the report of a stage
+    run: str = "",                   # key of a scheduled run: killed and run again, it takes no second step
 ) -> Rollout:
     "Look once, and do what the evidence says."
-    registry, moment = Registry(workspace.root), now or clock(workspace)
+    registry, moment, last = Registry(workspace.root), now or clock(workspace), current(Registry(workspace.root))
+    new = last if run and last is not None and last.run == run else _judged(workspace, registry, moment, actor, run)
+    _follow(workspace, new)
+    if report and new.facts.get("stage"): _report(workspace, new, moment)
+    return new
+
+def _judged(workspace: Settings, registry: Registry, moment: dt.datetime, actor: str, run: str) -> Rollout:
+    "Judge, and write down what follows."
     state, number = _running(registry)
     planned, judged = state.planned, None
     verdict, to = CANNOT_TELL, None  # type: str, str | None
@@ -243,22 +251,28 @@ def step(
     elif state.state == SHADOW: verdict, to, reasons, facts, planned = _in_shadow(workspace, state, moment)
     else: verdict, to, reasons, facts, judged = _in_stage(workspace, state, moment)
     looks = tuple(dict.fromkeys([*state.looks, facts["day"]])) if facts.get("day") else state.looks
-    new = dataclasses.replace(state, verdict=verdict, reasons=tuple(reasons), facts=state.facts | {"shadow" if state.state == SHADOW else "stage": facts}, looks=looks, waiting=False)
-    if to == "nobody": new = _ended(workspace, registry, state, number, dataclasses.replace(new, state="rolled back" if verdict == BACK else "ended", since=moment.isoformat()), actor, moment)
-    elif to is None: new = _stays(registry, state, number, new, actor)
-    elif state.paused: new = _stays(registry, state, number, dataclasses.replace(new, verdict=HOLD, reasons=(*reasons, f"It is paused: {to} waits for `calling-ai rollout resume`.")), actor)
-    elif _waits(workspace, to) and not state.approved:
-        new = _stays(registry, state, number, dataclasses.replace(new, verdict=HOLD, waiting=True, reasons=(*reasons, f"A person has to approve {to}.")), actor)
-        tell(workspace, f"approval:{state.name}", "info", f"{state.name} waits for a person", " ".join(new.reasons), command="calling-ai rollout approve", subject=state.name)
-    else: new = _advanced(workspace, registry, state, number, dataclasses.replace(new, planned=planned, since=moment.isoformat(), approved=False), to, judged, actor)
-    if report and judged is not None: _report(workspace, new, moment)
-    return new
+    new = dataclasses.replace(state, verdict=verdict, reasons=tuple(reasons), facts=state.facts | {"shadow" if state.state == SHADOW else "stage": facts}, looks=looks, waiting=False, run=run)
+    if to == "nobody": return _ended(registry, state, number, dataclasses.replace(new, state="rolled back" if verdict == BACK else "ended", since=moment.isoformat()), actor)
+    if to is None: return _stays(registry, state, number, new, actor)
+    if state.paused: return _stays(registry, state, number, dataclasses.replace(new, verdict=HOLD, reasons=(*reasons, f"It is paused: {to} waits for `calling-ai rollout resume`.")), actor)
+    if _waits(workspace, to) and not state.approved:
+        return _stays(registry, state, number, dataclasses.replace(new, verdict=HOLD, waiting=True, reasons=(*reasons, f"A person has to approve {to}.")), actor)
+    return _advanced(registry, state, number, dataclasses.replace(new, planned=planned, since=moment.isoformat(), approved=False), to, judged, actor)
+
+def _follow(workspace: Settings, state: Rollout) -> None:
+    "See to what follows from a state; done again, it changes nothing."
+    if state.state == "promoted": ensure_release(workspace, actor="rollout")
+    if state.waiting: tell(workspace, f"approval:{state.name}", "info", f"{state.name} waits for a person", " ".join(state.reasons), command="calling-ai rollout approve", subject=state.name)
+    else: close(workspace, f"approval:{state.name}")
+    if state.state in ("rolled back", "ended"):
+        tell(workspace, f"rollout:{state.name}", "critical" if state.state == "rolled back" else "warning", f"{state.name} {'was rolled back' if state.state == 'rolled back' else 'ended without an answer'}",
+             " ".join(state.reasons), workspace.reports / "rollouts" / f"{state.name}.html", "calling-ai rollout", state.name)
 
 def _stays(registry: Registry, state: Rollout, number: int, new: Rollout, actor: str) -> Rollout:
     with registry.changing(actor) as change: _write(change, number, state, new)
     return new
 
-def _advanced(workspace: Settings, registry: Registry, state: Rollout, number: int, new: Rollout, to: str, judged: Judgement | None, actor: str) -> Rollout:
+def _advanced(registry: Registry, state: Rollout, number: int, new: Rollout, to: str, judged: Judgement | None, actor: str) -> Rollout:
     "Let the next stage begin, or make the version the champion."
     weight = state.weight
     if judged is not None and weight is not None: weight = earned_weight(weight, judged.evidence.arms[0].effect)
@@ -269,23 +283,17 @@ def _advanced(workspace: Settings, registry: Registry, state: Rollout, number: i
             for model, version in state.versions.items(): change.promote(model, version, "champion", evidence)
             change.go_live(weight, evidence)
         _write(change, number, state, new)
-    if to == EVERYBODY: ensure_release(workspace, actor=actor)
-    close(workspace, f"approval:{state.name}")
     return new
 
-def _ended(workspace: Settings, registry: Registry, state: Rollout, number: int, new: Rollout, actor: str, moment: dt.datetime) -> Rollout:
+def _ended(registry: Registry, state: Rollout, number: int, new: Rollout, actor: str) -> Rollout:
     "Give everybody the champion."
     with registry.changing(actor) as change:
         for model, version in state.versions.items():
             if "challenger" in change.get(model, version).aliases: change.point(model, "challenger", None, {"rollout": state.name, "reasons": list(new.reasons)})
         _write(change, number, state, new)
-    close(workspace, f"approval:{state.name}")
-    if new.state != "aborted":
-        tell(workspace, f"rollout:{state.name}", "critical" if new.state == "rolled back" else "warning", f"{state.name} {'was rolled back' if new.state == 'rolled back' else 'ended without an answer'}",
-             " ".join(new.reasons), workspace.reports / "rollouts" / f"{state.name}.html", "calling-ai rollout", state.name, {"state": state.state})
     return new
 
-# %% ../../nbs/operate/rollout.ipynb #6c511110
+# %% ../../nbs/operate/rollout.ipynb #dc93d1e3
 def pause(
     workspace: Settings,
     actor: str = "",   # who
@@ -328,7 +336,8 @@ def abort(
     state, number = _running(registry)
     now = dt.datetime.now(dt.UTC)
     new = dataclasses.replace(state, state="aborted", since=now.isoformat(), waiting=False, reasons=(f"Aborted by {actor or 'somebody'}{': ' + reason if reason else ''}.",))
-    return _ended(workspace, registry, state, number, new, actor, now)
+    _follow(workspace, _ended(registry, state, number, new, actor))
+    return new
 
 # %% ../../nbs/operate/rollout.ipynb #52578dec
 def _report(workspace: Settings, state: Rollout, now: dt.datetime) -> None:

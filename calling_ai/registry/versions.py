@@ -85,7 +85,7 @@ class VersionDraft(Record):
             raise InputError(f"source is {self.source!r}: it must be lower-case letters and digits, with single dashes, such as town")
         if self.parent is not None: parse_version(self.parent)
 
-# %% ../../nbs/registry/versions.ipynb #2af2689e
+# %% ../../nbs/registry/versions.ipynb #9ec49791
 @dataclass(frozen=True)
 class Version(Record):
     "A registered model."
@@ -104,6 +104,12 @@ class Version(Record):
     seeds: dict[str, int] = explained("seeds by purpose")
     environment: dict[str, str] = explained("versions of libraries and kind of machine")
     parent: str | None = explained("version it was meant to improve on")
+
+    @property
+    def trained_until(self) -> dt.datetime | None:
+        "Until when the data reach that it learned from: as it was told, or else when it was made; none when it names no data."
+        told = self.parameters.get("trained_until")
+        return dt.datetime.fromisoformat(told) if told else self.created_at if self.snapshot_digest else None
 
 @dataclass(frozen=True)
 class Event(Record):
