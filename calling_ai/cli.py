@@ -202,7 +202,7 @@ def generate(
     write_table(frame, output)
     _console(stderr=True).print(f"{len(frame):,} rows of kind {kind.value}, seed {seed}, written to {output}", soft_wrap=True)
 
-# %% ../nbs/cli.ipynb #2226cbd9
+# %% ../nbs/cli.ipynb #6e6d06e9
 versions_app = typer.Typer(invoke_without_command=True, help="List the versions, tell what changed, and change what is live.")
 app.add_typer(versions_app, name="versions")
 By = Annotated[str, typer.Option("--by", help="Who does it; written into the ledger.", show_default="the name of the account")]
@@ -313,15 +313,16 @@ def archive_version(
 
 @versions_app.command("compare")
 def compare_two(
-    first: Annotated[str, typer.Argument(help="Name or alias of a version.")],
-    second: Annotated[str, typer.Argument(help="Name or alias of another.")],
+    first: Annotated[str, typer.Argument(help="Name or alias of a version, or formula.")],
+    second: Annotated[str, typer.Argument(help="Name or alias of another, or formula.")],
     model: Annotated[ModelName | None, typer.Option(help="Which model.", show_default="the one that has both")] = None,
     snapshot: Annotated[Path | None, typer.Option(help="Parquet snapshot with held-out decisions.", show_default="the newest")] = None,
+    report: Annotated[Path | None, typer.Option(help="Where the page goes.", show_default="reports/versions")] = None,
     as_json: Json = False,
 ) -> None:
     "Hold two versions against each other on the same held-out decisions."
     from calling_ai.operate.compare import compare_versions
-    found = compare_versions(settings(), first, second, model.value if model else None, snapshot)
+    found = compare_versions(settings(), first, second, model.value if model else None, snapshot, report)
     if as_json: return _print_json(found)
     def text(item: Any) -> str: return f"{item['value']:.4f} [{item['lower']:.4f}, {item['upper']:.4f}]"
     rows = [[name.replace("_", " "), text(item["champion"]), text(item["challenger"]), f"{item['difference']['value']:+.4f} [{item['difference']['lower']:+.4f}, {item['difference']['upper']:+.4f}]", item["verdict"]]

@@ -5,14 +5,18 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from calling_ai.cli import main
+from calling_ai.core.contract import feature_table
 from calling_ai.core.errors import IntegrityError
 from calling_ai.core.settings import Settings, settings
 from calling_ai.operate.commands import train_file
 from calling_ai.operate.compare import held_out, newest_snapshot
 from calling_ai.registry.versions import Registry, VersionDraft
+from calling_ai.score.formula import formula
 from calling_ai.store.snapshots import user_shares
 from calling_ai.world.hybrid import generate
 
@@ -58,6 +62,22 @@ def test_side_by_side(made: Settings, monkeypatch: pytest.MonkeyPatch, capsys: p
     text = page.read_text(encoding="utf-8")
     assert text.count("<img") == 2 and "How calibrated" in text and "What they look at" in text
     assert len(text) < 2_000_000 and str(made.root) not in text
+
+
+def test_the_formula_takes_part(
+    made: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    assert run(made, monkeypatch, "formula", "v1.1-divided", "--report", page, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["first"], told["second"]) == ("formula", "v1.1-divided")
+    assert page.is_file() and "formula" in page.read_text(encoding="utf-8")
+    frame = pd.read_parquet(newest_snapshot(made))
+    frame = frame[(frame["split"] == "test") & frame["outcome_score"].notna()]
+    said = formula(feature_table(frame.reset_index(drop=True)).values[:, :45]).formula_score
+    assert told["metrics"]["auc"]["champion"]["value"] == pytest.approx(
+        roc_auc_score(frame["outcome_score"] >= 0.7, said)
+    )
 
 
 def test_who_knows_the_people_is_refused(
