@@ -50,6 +50,7 @@ samples = 1000000
 [schedules]
 collect = * * * * *
 retrain = * * * * *
+learn = * * * * *
 rollout = * * * * *
 monitor = * * * * *
 weekly = * * * * *

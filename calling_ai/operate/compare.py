@@ -64,7 +64,7 @@ def check_unlearned(
     seen = held & set(labelled_rows(frame, version.model).part("train").user)
     if seen: raise InputError(f"{version.version} was trained on {len(seen):,} of the {len(held):,} people who are held out in snapshot {Path(table).stem[:12]}: name a snapshot of people it does not know with --snapshot")
 
-# %% ../../nbs/operate/compare.ipynb #782a0457
+# %% ../../nbs/operate/compare.ipynb #5eda7c9a
 FORMULA = "formula"  # takes part like a version
 
 @dataclass(frozen=True)
@@ -110,4 +110,5 @@ def compare_versions(
                             "replicates": workspace.evaluation.replicates, "confidence": workspace.evaluation.confidence, "record": relative(folder / f"{name}.json")}, folder / f"{name}.ipynb")
     render(folder / f"{name}.ipynb", page, f"{chosen.replace('_', ' ').capitalize()}: {a} and {b}", navigation=[] if report else [("All runs", "../index.html")])
     told = read_record(folder / f"{name}.json")
-    return SideBySide(chosen, a, b, told["verdict"], told["rows"], told["people"], told["metrics"], told["importance"], page)
+    metrics = {told["judged_by"]: told["metrics"][told["judged_by"]]} | told["metrics"]  # the one that decides comes first
+    return SideBySide(chosen, a, b, told["verdict"], told["rows"], told["people"], metrics, told["importance"], page)
