@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from calling_ai.core.errors import CallingError, RefusedError
+from calling_ai.core.errors import CallingError, NotFoundError, RefusedError
 from calling_ai.core.settings import Settings, settings
 from calling_ai.experiments.design import Baseline
 from calling_ai.experiments.rollout import CHALLENGER, CHAMPION, Plan, Rollout, judge, plan_rollout, simulate_rollouts
@@ -72,6 +72,12 @@ def clean(workspace: Settings) -> list[str]:
 # ------------------------------------------------------------------------------------------- what the evidence says
 
 
+@pytest.mark.parametrize("lift", [-0.30, -0.29])  # nobody, and hardly anybody of those who get it is pleased
+def test_a_version_that_pleases_nobody_is_rolled_back(workspace: Settings, lift: float) -> None:
+    state = step(workspace, days(workspace, 4, lift=lift))
+    assert (state.state, state.verdict) == ("rolled back", "roll back") and "does harm" in state.reasons[0]
+
+
 def test_a_broken_split_stops_it(workspace: Settings) -> None:
     state = step(workspace, days(workspace, 4, broken=0.3, lift=0.2))
     assert (state.state, state.verdict) == ("ended", "cannot tell") and "split" in state.reasons[0]
@@ -103,6 +109,27 @@ def test_a_champion_that_was_changed_ends_it(workspace: Settings) -> None:
     state = step(workspace, days(workspace, 1))
     assert (state.state, state.verdict) == ("ended", "cannot tell") and "changed" in state.reasons[0]
     assert registry.get("outcome").version == "v1.1-town" and clean(workspace) == []
+
+
+def test_killed_after_its_entry_a_step_is_not_taken_twice_and_what_follows_is_seen_to(workspace: Settings) -> None:
+    from calling_ai.operate import rollout as operated
+
+    registry, midnight = Registry(workspace.root), days(workspace, 12, lift=-0.3)
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operated, "_follow", dies)
+        with pytest.raises(KeyboardInterrupt):
+            step(workspace, midnight, run="rollout/a-night")
+    entries = registry.events()
+    assert entries[-1].after == "rolled back" and not open_alerts(workspace)  # nobody was told
+    state = step(workspace, midnight, run="rollout/a-night")
+    assert (state.state, registry.events()) == ("rolled back", entries)
+    assert [alert.severity for alert in open_alerts(workspace)] == ["critical"]
+    with pytest.raises(NotFoundError, match="no rollout is under way"):
+        step(workspace, midnight, run="rollout/the-next-night")
 
 
 def test_fallbacks_of_the_new_version_send_it_back(workspace: Settings) -> None:

@@ -12,8 +12,8 @@ width: at a planned end a group sequential design decides with less. It refuses 
 # %% auto #0
 __all__ = ['ALTERNATIVES', 'BURN_IN', 'HALF_LIFE', 'SHRINKAGE', 'mixture_rho', 'mixture_log_evalue', 'mixture_boundary',
            'sprt_log_ratio', 'beta_binomial_log_evalue', 'gamma_exponential_log_evalue', 'evalue_boundary',
-           'bernoulli_sequence', 'Anytime', 'confidence_sequence', 'sequence_reach', 'kish_size', 'ready', 'Bet',
-           'Blocks', 'compare_proportions', 'Betting', 'betting_sequence', 'Running']
+           'bernoulli_sequence', 'Anytime', 'confidence_sequence', 'sequence_reach', 'kish_size', 'carriers', 'ready',
+           'Bet', 'Blocks', 'compare_proportions', 'Betting', 'betting_sequence', 'Running']
 
 # %% ../../nbs/experiments/anytime.ipynb #d8df560e
 import math
@@ -209,7 +209,7 @@ def _one_sided_pvalue(z: float, users: float, rho: float) -> float:
         low, high = (low, middle) if z > sequence_reach(users, rho, middle, True) else (middle, high)
     return high
 
-# %% ../../nbs/experiments/anytime.ipynb #892db918
+# %% ../../nbs/experiments/anytime.ipynb #72f1ee1c
 BURN_IN = 50
 
 def kish_size(
@@ -222,15 +222,25 @@ def kish_size(
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(m**2 + v > 0, n * m**2 / (m**2 + v), 0.0)
 
+def carriers(
+    counts: Any,     # users of control and treatment, each a number or an array
+    means: Any,      # their means
+    variances: Any,  # their variances
+) -> np.ndarray:  # 2 x ...: of control and treatment
+    "Return how many users carry the mean of each arm; of the treatment at least as many as would, were it like the control."
+    control, treatment = (kish_size(n, m, v) for n, m, v in zip(counts, means, variances, strict=True))
+    return np.stack([control, np.maximum(treatment, control * counts[1] / np.maximum(counts[0], 1))])
+
 def ready(
     counts: tuple[float, float],     # users of control and treatment
     means: tuple[float, float],      # their means
     variances: tuple[float, float],  # their variances
     burn_in: int = 0,                # users needed in each arm; 0 is by Kish's size
 ) -> bool:
-    "Say whether the asymptotic sequence may speak: enough users carry the mean of each arm, and both vary."
+    "Say whether the asymptotic sequence may speak: enough users carry the mean of each arm, or would if nothing had changed, and they vary."
     if burn_in: return min(counts) >= burn_in and min(variances) > 0
-    return bool(min(kish_size(n, m, v) for n, m, v in zip(counts, means, variances, strict=True)) >= BURN_IN and min(variances) > 0)
+    gone = means[1] < means[0] and variances[0] > 0  # of a treatment that hardly anybody is pleased with, all are alike
+    return bool(carriers(counts, means, variances).min() >= BURN_IN and (gone or min(variances) > 0))
 
 # %% ../../nbs/experiments/anytime.ipynb #e4f5babd
 HALF_LIFE = 5_000   # users after which half of the level is forgotten

@@ -13,7 +13,7 @@ __all__ = ['CHAMPION', 'CHALLENGER', 'ADVANCE', 'HOLD', 'BACK', 'CANNOT_TELL', '
            'read_shares', 'Plan', 'plan_rollout', 'Judgement', 'shown_not_worse', 'judge', 'Rollout', 'Simulated',
            'simulate_rollouts']
 
-# %% ../../nbs/experiments/rollout.ipynb #a37d973b
+# %% ../../nbs/experiments/rollout.ipynb #7d28ad70
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.records import Record, explained
 from ..core.settings import ExperimentSettings, RolloutSettings
-from .anytime import BURN_IN, kish_size, mixture_rho, sequence_reach
+from .anytime import BURN_IN, carriers, mixture_rho, sequence_reach
 from .assignment import Experiment, ramp_up
 from .design import Baseline, sample_size
 from .inference import Metric
@@ -223,7 +223,7 @@ class Rollout(Record):
         "Return the last rollout that the registry knows of, or nothing."
         return None if rollout is None else cls.from_dict(rollout["evidence"])
 
-# %% ../../nbs/experiments/rollout.ipynb #c0f2d1f9
+# %% ../../nbs/experiments/rollout.ipynb #89fa0579
 ENDS = ("promoted", "rolled back", "ended")
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +280,7 @@ def simulate_rollouts(
         inside[stage, n] += 4 * part[0]
         weight, score, variance = total[0], total[1], total[2:].max(axis=0)
         safe = np.maximum(arms[:, 0], 1)
-        ready = (kish_size(safe, arms[:, 1] / safe, arms[:, 2] / safe - (arms[:, 1] / safe) ** 2) >= BURN_IN).all(axis=0) & (variance > 0)
+        ready = (carriers(safe, arms[:, 1] / safe, arms[:, 2] / safe - (arms[:, 1] / safe) ** 2) >= BURN_IN).all(axis=0) & (variance > 0)
         spread = np.sqrt(np.where(variance > 0, variance, np.inf))
         z, fraction = score / spread, 4 * weight / protocol.maximum
         bound = np.empty(runs)

@@ -12,7 +12,7 @@ figures of the reliability list, each with an upper bound. Nothing here knows mo
 __all__ = ['METRICS', 'BASELINES', 'GRID', 'Rate', 'rate_of', 'Scenario', 'Paths', 'stratum_score', 'rollouts', 'Stops',
            'promotions', 'rollbacks', 'error_grid', 'error_table', 'shown', 'power_row', 'every_user']
 
-# %% ../../nbs/experiments/simulate.ipynb #e17e81a2
+# %% ../../nbs/experiments/simulate.ipynb #6a1c5921
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.records import Record, explained
-from .anytime import BURN_IN, Bet, kish_size, mixture_rho, sequence_reach
+from .anytime import BURN_IN, Bet, carriers, mixture_rho, sequence_reach
 from .sequential import Spending, spending_boundary, stagewise_tail
 
 if TYPE_CHECKING: import pandas as pd
@@ -91,7 +91,7 @@ class Scenario(Record):
         if self.baseline == "drift": return np.linspace(1, self.growth, n)
         return np.where((np.arange(n) >= first) & (self.baseline == "step"), self.growth, 1.0)
 
-# %% ../../nbs/experiments/simulate.ipynb #1840aeeb
+# %% ../../nbs/experiments/simulate.ipynb #9fa14970
 @dataclass(frozen=True, eq=False)
 class Paths(Record):
     "What is known at each look of many experiments; arrays of looks x experiments."
@@ -175,7 +175,7 @@ def _simulate(scenario: Scenario, runs: int, rng: np.random.Generator) -> tuple[
         _, score, variance, _ = stratum_score(pooled)
         naive[look] = score / np.sqrt(np.where(variance > 0, variance, np.inf))
         count = np.maximum(pooled[:, 0], 1)
-        ready[look] = (kish_size(count, pooled[:, 1] / count, pooled[:, 2] / count - (pooled[:, 1] / count) ** 2) >= BURN_IN).all(axis=0) & (total[2] > 0)
+        ready[look] = (carriers(count, pooled[:, 1] / count, pooled[:, 2] / count - (pooled[:, 1] / count) ** 2) >= BURN_IN).all(axis=0) & (total[2] > 0)
     return out, naive, ready
 
 def rollouts(
@@ -318,7 +318,7 @@ def _truth(scenario: Scenario) -> float:
     mean = scenario.rate if scenario.metric == "proportion" else scenario.rate * float(_VALUES @ _CHANCES)
     return scenario.effect * mean
 
-# %% ../../nbs/experiments/simulate.ipynb #aebac9fc
+# %% ../../nbs/experiments/simulate.ipynb #3e9b5959
 def _users(rng: np.random.Generator, metric: str, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     "Return the value and the number of outcomes of users."
     one = np.ones(shape)
@@ -331,11 +331,10 @@ def _users(rng: np.random.Generator, metric: str, shape: tuple[int, int]) -> tup
 def _watch(values: np.ndarray, treated: np.ndarray, stage: np.ndarray, alpha: float, optimum: float) -> np.ndarray:
     "Return for each experiment whether a two-sided sequence ever excluded zero; experiments x users."
     total = np.zeros((4, *values.shape))
-    ready = np.ones(values.shape, dtype=bool)
-    for arm in (treated, ~treated):
-        count = np.maximum(np.cumsum(arm, axis=1), 1)
-        mean = np.cumsum(values * arm, axis=1) / count
-        ready &= kish_size(count, mean, np.cumsum(values**2 * arm, axis=1) / count - mean**2) >= BURN_IN
+    arms = np.stack([~treated, treated])
+    count = np.maximum(np.cumsum(arms, axis=2), 1)
+    mean = np.cumsum(values * arms, axis=2) / count
+    ready = (carriers(count, mean, np.cumsum(values**2 * arms, axis=2) / count - mean**2) >= BURN_IN).all(axis=0)
     for name in np.unique(stage):
         cells = []
         for arm in (~treated, treated):

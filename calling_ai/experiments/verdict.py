@@ -12,7 +12,7 @@ Everything is stratified by day and stage. It refuses arms and stages that the p
 __all__ = ['VERDICTS', 'Guardrail', 'Protocol', 'Contrast', 'contrast', 'watch', 'may_speak', 'split_kept', 'Look', 'looks_of',
            'Kept', 'Evidence', 'Verdict', 'decide', 'plot_monitoring', 'plot_effects', 'plot_split', 'plot_guardrails']
 
-# %% ../../nbs/experiments/verdict.ipynb #b0490a51
+# %% ../../nbs/experiments/verdict.ipynb #68baa447
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.records import Estimate, Record, explained
-from .anytime import Anytime, Blocks, compare_proportions, confidence_sequence, kish_size, ready
+from .anytime import Anytime, Blocks, compare_proportions, carriers, confidence_sequence, ready
 from .assignment import ONLY_STAGE, Experiment
 from .balance import Balance, Watch
 from .inference import Metric, compare, strata
@@ -147,7 +147,7 @@ def _comparable(summaries: Summaries, control: str, treatment: str) -> bool:
     count = {cell: int(n) for cell, n in zip(summaries.cells, summaries.count.tolist(), strict=True)}
     return any(n >= 2 and count.get(cell._replace(arm=treatment), 0) >= 2 for cell, n in count.items() if cell.arm == control)
 
-# %% ../../nbs/experiments/verdict.ipynb #c69ddf91
+# %% ../../nbs/experiments/verdict.ipynb #ffb31c16
 def watch(
     summaries: Summaries,       # by arm, stage and day
     metric: Metric,             # what is watched
@@ -179,10 +179,13 @@ def may_speak(
     burn_in: int = 0,      # users needed in each arm; 0 is by Kish's size
 ) -> bool:
     "Say whether enough users carry the mean of each arm for the normal distribution to hold."
-    sides = [summaries.moments(arm) for arm in (control, treatment)]
-    if min(side.count for side in sides) < 2: return False
-    counts, means, variances = ([of(side) for side in sides] for of in (lambda side: side.count, lambda side: side.average(metric.numerator), lambda side: side.variance(metric.numerator)))
-    return ready((counts[0], counts[1]), (means[0], means[1]), (variances[0], variances[1]), burn_in)
+    counts, means, variances = _moments(summaries, metric, control, treatment)
+    return min(counts) >= 2 and ready(counts, means, variances, burn_in)
+
+def _moments(summaries: Summaries, metric: Metric, control: str, treatment: str) -> tuple[tuple[float, float], tuple[float, float], tuple[float, float]]:
+    "Return counts, means and variances of both arms."
+    a, b = (summaries.moments(arm) for arm in (control, treatment))
+    return (a.count, b.count), (a.average(metric.numerator), b.average(metric.numerator)), (a.variance(metric.numerator), b.variance(metric.numerator))
 
 def _blocks(summaries: Summaries, column: str, control: str, treatment: str) -> Blocks:
     "Return the sums of a column by day and stage, in the order of time."
@@ -331,7 +334,7 @@ def _evidence(summaries: Summaries, protocol: Protocol, treatment: str, days: Se
     relative = contrast(summaries, protocol.metric, control, treatment, relative=True)
     return Evidence(treatment, users, "hold", "", Estimate(last.effect, last.lower, last.upper), relative.effect if relative else None, pvalue, harm, guards, looks, None)
 
-# %% ../../nbs/experiments/verdict.ipynb #f205f6dd
+# %% ../../nbs/experiments/verdict.ipynb #bffad60f
 def decide(
     summaries: Summaries,          # by arm, stage and day: users whose outcomes are known
     protocol: Protocol,            # what counts
@@ -390,10 +393,10 @@ def _adjusted(item: Evidence, protocol: Protocol, pvalue: float) -> Stopped | No
 
 def _too_few(summaries: Summaries, protocol: Protocol, arm: str) -> str:
     "Say how little is there."
-    sides = [summaries.moments(name) for name in (protocol.experiment.control, arm)]
-    if min(side.count for side in sides) < 2: return f"Not enough data: {arm} has {sides[1].count} users and the control {sides[0].count}."
-    if protocol.burn_in: return f"Not enough data: {min(side.count for side in sides):,} users in the smaller arm, {protocol.burn_in:,} are needed."
-    carried = min(float(kish_size(side.count, side.average(protocol.metric.numerator), side.variance(protocol.metric.numerator))) for side in sides)
+    counts, means, variances = _moments(summaries, protocol.metric, protocol.experiment.control, arm)
+    if min(counts) < 2: return f"Not enough data: {arm} has {counts[1]} users and the control {counts[0]}."
+    if protocol.burn_in: return f"Not enough data: {min(counts):,} users in the smaller arm, {protocol.burn_in:,} are needed."
+    carried = float(carriers(counts, means, variances).min())
     if carried >= 50: return f"Not enough data: {protocol.metric} does not vary, or no day and stage has two users of both arms."
     return f"Not enough data: {carried:.0f} users carry {protocol.metric} in the smaller arm, 50 are needed."
 
