@@ -21,8 +21,12 @@ def execute(folder: Path, root: Path, *options: str) -> subprocess.CompletedProc
 
 
 def ran(result: subprocess.CompletedProcess[str]) -> list[Path]:
-    """Return the notebooks that ran to their end or to an error, each as often as it ran."""
-    return sorted(Path(name) for name in re.findall(r"^- Completed (.*\.ipynb)$", result.stdout, re.MULTILINE))
+    """Return the notebooks that ran to their end or to an error.
+
+    Two workers share the output: their lines may follow each other without a break, and a process that a notebook
+    forked may say again what its parent had not written yet.
+    """
+    return sorted({Path(name) for name in re.findall(r"- Completed (\S+?\.ipynb)", result.stdout)})
 
 
 def notebooks(root: Path) -> list[Path]:
