@@ -26,7 +26,7 @@ def ran(result: subprocess.CompletedProcess[str]) -> list[Path]:
     Two workers share the output: their lines may follow each other without a break, and a process that a notebook
     forked may say again what its parent had not written yet.
     """
-    return sorted({Path(name) for name in re.findall(r"- Completed (\S+?\.ipynb)", result.stdout)})
+    return sorted({Path(name) for name in re.findall(r"- Completed (.+?\.ipynb)", result.stdout)})
 
 
 def notebooks(root: Path) -> list[Path]:
