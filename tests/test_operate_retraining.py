@@ -230,7 +230,7 @@ def test_asked_four_times_at_once_it_trains_once(root: Path, tmp_path: Path) -> 
 
 
 _RETRAIN = """
-import os, signal, sys
+import os, signal, sys, threading, time
 from calling_ai.core.settings import settings
 from calling_ai.operate import retraining
 seen, target = [], int(sys.argv[2])
@@ -242,13 +242,17 @@ def wrap(name, work):
 from datetime import timedelta
 workspace = settings(sys.argv[1])
 later = retraining.trained_until(workspace) + timedelta(days=37)
+seconds, begun = float(sys.argv[3]), time.monotonic()
+if seconds: threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 done = retraining.retrain(workspace, now=later, wrap=wrap)
-print([done.taken_over, done.skipped])
+print([done.taken_over, done.skipped, time.monotonic() - begun], flush=True)
+os._exit(0)
 """
 
 
-def run_retraining(folder: Path, target: int) -> subprocess.CompletedProcess[str]:
-    return in_a_process(_RETRAIN, folder, target)
+def run_retraining(folder: Path, target: int, seconds: float = 0.0) -> subprocess.CompletedProcess[str]:
+    """Retrain; killed after so many steps, or after so many seconds, unless they are zero."""
+    return in_a_process(_RETRAIN, folder, target, seconds)
 
 
 def killed_and_resumed(workspace: Settings, targets: list[int], folder: Path) -> int:
@@ -264,7 +268,7 @@ def killed_and_resumed(workspace: Settings, targets: list[int], folder: Path) ->
         time.sleep(2.5)  # until its lease has passed
         done = run_retraining(copy.root, 0)
         assert done.returncode == 0, done.stderr[-2_000:]
-        taken_over, _ = ast.literal_eval(done.stdout)
+        taken_over, *_ = ast.literal_eval(done.stdout)
         assert len(taken_over) >= target - 1, done.stdout
         assert tables(copy) == expected
         assert [check.name for check in audit(Registry(copy.root)) if not check.ok] == []
@@ -275,6 +279,32 @@ def killed_and_resumed(workspace: Settings, targets: list[int], folder: Path) ->
 def test_killed_in_the_middle_it_goes_on_where_it_stopped(workspace: Settings, tmp_path: Path) -> None:
     count = killed_and_resumed(workspace, [5], tmp_path)
     print(f"retrainings killed after a step: {count}, all ended as one that was not killed")
+
+
+def killed_at_random(workspace: Settings, times: int, folder: Path) -> int:
+    """Kill retrainings at random moments; run again they end as one that was not killed."""
+    whole = settings(shutil.copytree(workspace.root, folder / "clean"))
+    done = run_retraining(whole.root, 0)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    *_, takes = ast.literal_eval(done.stdout)
+    expected, killed, draw = tables(whole), 0, np.random.default_rng(7)
+    for number in range(times):
+        copy = settings(shutil.copytree(workspace.root, folder / f"random-{number}"))
+        killed += run_retraining(copy.root, 0, float(draw.uniform(0.01, takes))).returncode == -signal.SIGKILL
+        time.sleep(2.5)  # until its lease has passed
+        done = run_retraining(copy.root, 0)
+        assert done.returncode == 0, done.stderr[-2_000:]
+        assert tables(copy) == expected, number
+        assert [check.name for check in audit(Registry(copy.root)) if not check.ok] == []
+        shutil.rmtree(copy.root)
+    return killed
+
+
+@pytest.mark.long
+def test_killed_at_fifty_random_moments(workspace: Settings, tmp_path: Path) -> None:
+    killed = killed_at_random(workspace, 50, tmp_path)
+    print(f"retraining killed at {killed} random moments, 0 differ from one clean run (95 % below {3 / killed:.0%})")
+    assert killed >= 30
 
 
 @pytest.mark.long
