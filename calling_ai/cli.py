@@ -646,7 +646,7 @@ def retrain_models(
     if as_json: return _print_json(result)
     for line in in_words(result): console.print(line, soft_wrap=True)
 
-# %% ../nbs/cli.ipynb #f27d314d
+# %% ../nbs/cli.ipynb #5d7a42b0
 @app.command("learn")
 def learn_online(
     model: Annotated[ModelName | None, typer.Option(help="Which model.", show_default="both, where both are live")] = None,
@@ -657,7 +657,7 @@ def learn_online(
     from calling_ai.operate.online import learn
     from calling_ai.registry.versions import Registry
     workspace = settings()
-    names = [model.value] if model else [name for name, parts in Registry(workspace.root).aliases().items() if "champion" in parts]
+    names = [model.value] if model else Registry(workspace.root).champions()
     found = [learn(workspace, name, publish) for name in names]
     if as_json: return _print_json(found)
     if not found: return _console().print("no model is live yet; make one with: calling-ai run", soft_wrap=True)

@@ -71,7 +71,7 @@ def worth_of(
     below, above = (confidence_sequence(mean, error, n, level, WINDOW / 2, side).effect for side in ("greater", "less"))
     return Worth(total, rows, Estimate(mean, below.lower, above.upper, 2 * level - 1), "worse" if below.lower > 0 else "better" if above.upper < 0 else "cannot tell")
 
-# %% ../../nbs/operate/online.ipynb #0f0e96e6
+# %% ../../nbs/operate/online.ipynb #2000c455
 @dataclass
 class _State:
     learner: OnlineLearner
@@ -107,6 +107,10 @@ def _keys(rows: pd.DataFrame) -> np.ndarray:
     decided = rows["decided_at"].to_numpy("datetime64[us]").astype(np.int64)
     return np.column_stack([np.array(keys, dtype=np.int64), decided])
 
+def _since(book: DecisionLog, position: str) -> dt.datetime:
+    "Return when a decision was made at the earliest whose outcome may still be new."
+    return dt.datetime.fromisoformat(position) - LATE - dt.timedelta(days=book.attribution_days)
+
 def new_rows(
     workspace: Settings,
     begins: str = "",                  # only what was received after this moment; empty is all
@@ -116,14 +120,13 @@ def new_rows(
 ) -> pd.DataFrame:  # in the order in which outcomes were received
     "Return the decisions whose outcome has come and was not learned."
     book = DecisionLog.open(workspace)
-    since = dt.datetime.fromisoformat(position) - LATE - dt.timedelta(days=book.attribution_days) if position else None
-    frame = book.joined(since, now, as_of=now)
+    frame = book.joined(_since(book, position) if position else None, now, as_of=now)
     frame = frame[frame["outcome_score"].notna()]
     if begins: frame = frame[frame["received_at"] > pd.Timestamp(begins)]
     if len(learned): frame = frame[~np.isin(_keys(frame)[:, 0], learned[:, 0])]
     return frame.sort_values(["received_at", "outcome_id"]).reset_index(drop=True)
 
-# %% ../../nbs/operate/online.ipynb #5a1943f3
+# %% ../../nbs/operate/online.ipynb #253e70db
 @dataclass(frozen=True)
 class Learned(Record):
     "What a call has learned."
@@ -172,7 +175,7 @@ def _learn(workspace: Settings, model: str, publish: bool, moment: dt.datetime, 
         features, score = feature_table(rows[list(FEATURE_NAMES)]).values[:, : default_spec(model).features].astype(np.float32), rows["outcome_score"].to_numpy(float)
         target = (score >= POSITIVE).astype(float) if model == "outcome" else score
         answers, received = predict(registry.load_file(base), model, features), [item.isoformat() for item in rows["received_at"]]
-        served = predict(registry.load_file(live), model, features)
+        served = answers if live.version == base.version else predict(registry.load_file(live), model, features)
         def lost(answer: np.ndarray, part: slice) -> float: return float(row_loss(LOSSES[model], answer, target[part]).mean())
         for start in range(0, whole, size):
             part = slice(start, start + size)
@@ -190,7 +193,7 @@ def _learn(workspace: Settings, model: str, publish: bool, moment: dt.datetime, 
                 if name == base.version: state.learner, watched[name] = OnlineLearner(state.learner.correction.shrunk(0.0), workspace.online, seed), {"differences": [], "rows": 0}
                 else: del watched[name]
         learned = np.vstack([state.learned, _keys(rows)])
-        oldest = (dt.datetime.fromisoformat(about["position"]) - LATE - dt.timedelta(days=DecisionLog.open(workspace).attribution_days)).timestamp() * 1e6
+        oldest = _since(DecisionLog.open(workspace), about["position"]).timestamp() * 1e6
         state.learned = learned[learned[:, 1] >= oldest]
     _save(workspace, model, state)
     worth, limit = _worth(watched[base.version]), f"online:{model}:limit"

@@ -226,7 +226,7 @@ def _waits(workspace: Settings, stage: str) -> bool:
     try: return wanted == "all" or any(abs(float(part) - share) < 1e-9 for part in wanted.split(","))
     except ValueError: raise InputError(f"approval is {workspace.rollout.approval!r}: it must be none, all, or shares with commas such as 0.5, 1.0") from None
 
-# %% ../../nbs/operate/rollout.ipynb #43cb414e
+# %% ../../nbs/operate/rollout.ipynb #3591cb0a
 def step(
     workspace: Settings,
     now: dt.datetime | None = None,  # by default `clock`
@@ -235,7 +235,8 @@ def step(
     run: str = "",                   # key of a scheduled run: killed and run again, it takes no second step
 ) -> Rollout:
     "Look once, and do what the evidence says."
-    registry, moment, last = Registry(workspace.root), now or clock(workspace), current(Registry(workspace.root))
+    registry, moment = Registry(workspace.root), now or clock(workspace)
+    last = current(registry)
     new = last if run and last is not None and last.run == run else _judged(workspace, registry, moment, actor, run)
     _follow(workspace, new)
     if report and new.facts.get("stage"): _report(workspace, new, moment)

@@ -463,7 +463,7 @@ def _last_release(connection: Connection, key: str) -> Release | None:
     last = _last_event(connection, "release", key, "release")
     return None if last is None else Release(key, str(last.after), last.evidence["size"], last.evidence["versions"])
 
-# %% ../../nbs/registry/versions.ipynb #44ffbb3b
+# %% ../../nbs/registry/versions.ipynb #8e8f3476
 class Change:
     "One transaction of the registry: what is done in it becomes visible together, or not at all."
 
@@ -490,8 +490,7 @@ class Change:
 
     def champions(self) -> dict[str, Version]:
         "Return the champion of each model that has one."
-        known = _read(self.connection)
-        return _champions(known)
+        return _champions(_read(self.connection))
 
     def expect(self,
         expected: Mapping[str, str | None],  # by model: the champion that a change was decided on, or none
